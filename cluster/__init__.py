@@ -1,0 +1,1 @@
+"""Where work runs: configuration, errors, storage, the Ray session, inventory and planning."""

@@ -1,0 +1,220 @@
+"""Directories that are whole or absent: staging, digests, manifests, safe names, where outputs go.
+
+Takes paths and bytes; gives directories published by one rename, with `manifest.json` written last
+and checked before anything is read back. It does not know what the files mean.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import (
+    ConfigError,
+    IntegrityError,
+    ModelFormatError,
+    StorageError,
+    VersionExistsError,
+)
+
+MANIFEST = "manifest.json"
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def home() -> Path:
+    """Return the folder that relative output paths start from.
+
+    `RAYSMITH_HOME`, which `raysmith up` sets to the folder it was called in; else the current
+    folder. A Ray job without it runs in a temporary copy that Ray deletes, so that is an error.
+    """
+    configured = os.environ.get("RAYSMITH_HOME")
+    if configured:
+        return Path(configured)
+    current = Path.cwd()
+    if "working_dir_files" in current.parts:
+        raise ConfigError(
+            "a relative output path inside a Ray job would be deleted with the job's working "
+            "folder. Give an absolute path, or set RAYSMITH_HOME on the cluster."
+        )
+    return current
+
+
+def resolve_output(path: str | Path) -> Path:
+    """Return an absolute path; relative ones start from `home()`."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() else home() / path
+
+
+def check_name(name: str, what: str = "name") -> str:
+    """Return `name` if it is safe as one path component, else raise ConfigError."""
+    if not _SAFE_NAME.fullmatch(name):
+        raise ConfigError(
+            f"{what} `{name}` is not allowed: use letters, digits, `.`, `_` and `-`, "
+            "starting with a letter or digit, at most 128 characters."
+        )
+    return name
+
+
+def digest_bytes(data: bytes) -> str:
+    """Return the SHA-256 of `data` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with storage_errors(f"writing {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON document atomically."""
+    write_atomic(path, (json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
+
+
+@contextmanager
+def staged_directory(
+    target: Path, manifest: Mapping[str, Any], *, replace: bool = False
+) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` by one rename when the block succeeds.
+
+    On success every file is synced, `manifest.json` (the given values plus `files`, a digest and
+    size for each) is written last, and the folder is renamed. On any failure nothing is left.
+    Raises VersionExistsError if `target` exists and `replace` is false.
+    """
+    if target.exists() and not replace:
+        raise VersionExistsError(f"{target} exists and is never overwritten. Choose another name.")
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with storage_errors(f"writing {target}"):
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+            write_manifest(staging, manifest)
+            _rename_into_place(staging, target, replace=replace)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_manifest(directory: Path, values: Mapping[str, Any]) -> None:
+    """Sync every file below `directory` and write its manifest with their digests, last."""
+    files = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
+        _sync_file(path)
+        files[path.relative_to(directory).as_posix()] = {
+            "sha256": digest_file(path),
+            "size_bytes": path.stat().st_size,
+        }
+    document = {**values, "files": files}
+    document["self_sha256"] = _self_digest(document)
+    write_json(directory / MANIFEST, document)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return a directory's manifest after checking the manifest's own digest (not the files')."""
+    path = directory / MANIFEST
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelFormatError(f"{directory} has no {MANIFEST}: it was not published whole.") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"{path} is damaged: {error}. Restore it or publish again.") from None
+    if not isinstance(document, dict) or document.get("self_sha256") != _self_digest(document):
+        raise IntegrityError(f"{path} is damaged: its own digest differs. Restore it or publish again.")
+    return document
+
+
+def verify_directory(directory: Path) -> dict[str, Any]:
+    """Return the manifest after checking every file's digest and that no file is missing or extra.
+
+    Raises IntegrityError naming the first file that differs.
+    """
+    document = read_manifest(directory)
+    recorded: dict[str, Any] = document["files"]
+    present = {
+        p.relative_to(directory).as_posix()
+        for p in directory.rglob("*")
+        if p.is_file() and p.name != MANIFEST
+    }
+    if extra := sorted(present - recorded.keys()):
+        raise IntegrityError(f"{directory / extra[0]} is not in the manifest. Remove the file.")
+    for name, entry in recorded.items():
+        path = directory / name
+        if name not in present:
+            raise IntegrityError(f"{path} is missing. Restore it or publish again.")
+        if digest_file(path) != entry["sha256"]:
+            raise IntegrityError(
+                f"{path} is damaged: its SHA-256 differs from the manifest. "
+                "Restore it or publish again."
+            )
+    return document
+
+
+@contextmanager
+def storage_errors(action: str) -> Iterator[None]:
+    """Turn operating system errors into StorageError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, ConnectionError | TimeoutError):
+            raise
+        remedy = {
+            errno.ENOSPC: "The disk is full: free some space and run again.",
+            errno.EDQUOT: "The disk quota is used up: free some space and run again.",
+            errno.EACCES: "No permission: choose a folder you may write to.",
+            errno.EROFS: "The file system is read-only: choose another folder.",
+        }.get(error.errno or 0, "")
+        raise StorageError(f"{action} failed: {error}. {remedy}".strip()) from error
+
+
+def _self_digest(document: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in document.items() if key != "self_sha256"}
+    return digest_bytes(json.dumps(body, sort_keys=True).encode())
+
+
+def _rename_into_place(staging: Path, target: Path, *, replace: bool) -> None:
+    if target.exists():
+        if not replace:
+            raise VersionExistsError(f"{target} exists and is never overwritten. Choose another name.")
+        old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+        target.rename(old)
+        staging.rename(target)
+        shutil.rmtree(old)
+    else:
+        staging.rename(target)
+    _sync_folder(target.parent)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

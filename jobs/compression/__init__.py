@@ -1,0 +1,1 @@
+"""Recipes, methods and the compressed format on disk."""

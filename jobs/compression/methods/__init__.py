@@ -1,0 +1,1 @@
+"""Compression methods; one plug-in a file."""

@@ -1,0 +1,1 @@
+"""Model families; one plug-in a file."""

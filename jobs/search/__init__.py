@@ -1,0 +1,1 @@
+"""Search over compression recipes with Ray Tune."""

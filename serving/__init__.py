@@ -1,0 +1,1 @@
+"""How a model is offered: engines, replicas, the REST gateway."""

@@ -1,0 +1,1 @@
+"""The REST API: OpenAI schemas, keys, errors."""
