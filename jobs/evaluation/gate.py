@@ -1,0 +1,153 @@
+"""The gate a compressed model passes before it may be published.
+
+Takes what was measured and the limits; gives a verdict with every reason for a refusal. Pure: it
+does not know how anything was measured or what happens to a refused model.
+"""
+
+import math
+from typing import Any
+
+from pydantic import Field
+
+from cluster.config import StrictModel
+from cluster.errors import GateRefusedError
+from jobs.config import GateConfig
+from jobs.evaluation.intervals import Interval
+
+
+class Measurement(StrictModel):
+    """A compressed model beside the bf16 model it came from."""
+
+    perplexity_increase: Interval
+    base_perplexity: float
+    perplexity: float
+    num_sequences: int
+    size_bytes: int
+    base_size_bytes: int
+    latency_ms: float | None = None
+    base_latency_ms: float | None = None
+
+    @property
+    def size_ratio(self) -> float:
+        """Bytes of the weights on disk over the bf16 model's."""
+        return self.size_bytes / self.base_size_bytes if self.base_size_bytes else math.nan
+
+    @property
+    def latency_ratio(self) -> float | None:
+        """Decode latency over the bf16 model's; None if it was not measured."""
+        if self.latency_ms is None or self.base_latency_ms is None:
+            return None
+        return self.latency_ms / self.base_latency_ms if self.base_latency_ms else math.nan
+
+
+class Verdict(StrictModel):
+    """Whether a model may be published, why not, and the numbers it was judged by."""
+
+    passed: bool
+    reasons: tuple[str, ...] = ()
+    numbers: dict[str, float | int | None] = Field(default_factory=dict)
+
+
+def judge(measurement: Measurement, limits: GateConfig) -> Verdict:
+    """Judge a measurement; every broken limit is one reason.
+
+    A number that is not finite, or too few sequences, is a refusal: what was not measured is not
+    good. A model that is not smaller than its origin is refused whatever the limits say.
+    """
+    reasons = [
+        *_quality_reasons(measurement, limits),
+        *_size_reasons(measurement, limits),
+        *_latency_reasons(measurement, limits),
+    ]
+    return Verdict(
+        passed=not reasons, reasons=tuple(reasons), numbers=_numbers(measurement, limits)
+    )
+
+
+def require_passed(manifest: dict[str, Any], what: str) -> Verdict:
+    """Return the passing verdict that a model's manifest carries, else raise GateRefusedError."""
+    gate = manifest.get("gate")
+    if not isinstance(gate, dict):
+        raise GateRefusedError(
+            f"{what} was not judged: its manifest has no gate verdict. "
+            "Run `python -m jobs.evaluate --write` on it, or a search, before publishing."
+        )
+    verdict = Verdict.model_validate(gate)
+    if not verdict.passed:
+        raise GateRefusedError(
+            f"{what} was refused by the gate: {'; '.join(verdict.reasons)}. "
+            "Choose a gentler recipe or other limits, and measure again."
+        )
+    return verdict
+
+
+def _quality_reasons(measurement: Measurement, limits: GateConfig) -> list[str]:
+    interval = measurement.perplexity_increase
+    values = (interval.point, interval.upper, measurement.perplexity, measurement.base_perplexity)
+    if not all(math.isfinite(value) for value in values):
+        return ["the perplexity is not a finite number: the model is broken or was not measured"]
+    reasons = []
+    if measurement.num_sequences < limits.eval_sequences:
+        reasons.append(
+            f"judged on {measurement.num_sequences} sequences, "
+            f"eval_sequences={limits.eval_sequences} are asked for"
+        )
+    if interval.upper > limits.max_perplexity_increase:
+        reasons.append(
+            f"the upper 95% bound of the perplexity increase is {interval.upper:.2%} "
+            f"(point {interval.point:.2%}), the limit {limits.max_perplexity_increase:.2%}"
+        )
+    return reasons
+
+
+def _size_reasons(measurement: Measurement, limits: GateConfig) -> list[str]:
+    sizes = f"{measurement.size_bytes:,} bytes against {measurement.base_size_bytes:,}"
+    if measurement.size_bytes <= 0 or measurement.base_size_bytes <= 0:
+        return [f"the size was not measured: {sizes}"]
+    if measurement.size_bytes >= measurement.base_size_bytes:
+        return [f"the model is not smaller than the one it came from: {sizes}"]
+    if measurement.size_ratio > limits.max_size_ratio:
+        return [
+            f"the size is {measurement.size_ratio:.1%} of the bf16 model's ({sizes}), "
+            f"the limit {limits.max_size_ratio:.1%}"
+        ]
+    return []
+
+
+def _latency_reasons(measurement: Measurement, limits: GateConfig) -> list[str]:
+    if limits.max_latency_ratio is None:
+        return []
+    ratio = measurement.latency_ratio
+    if ratio is None or not math.isfinite(ratio) or ratio <= 0:
+        return ["the decode latency was not measured, and max_latency_ratio asks for it"]
+    if ratio > limits.max_latency_ratio:
+        return [
+            f"the decode latency is {ratio:.2f} of the bf16 model's, "
+            f"the limit {limits.max_latency_ratio:.2f}"
+        ]
+    return []
+
+
+def _numbers(measurement: Measurement, limits: GateConfig) -> dict[str, float | int | None]:
+    interval = measurement.perplexity_increase
+    return {
+        "perplexity": _finite(measurement.perplexity),
+        "base_perplexity": _finite(measurement.base_perplexity),
+        "perplexity_increase": _finite(interval.point),
+        "perplexity_increase_lower95": _finite(interval.lower),
+        "perplexity_increase_upper95": _finite(interval.upper),
+        "max_perplexity_increase": limits.max_perplexity_increase,
+        "num_sequences": measurement.num_sequences,
+        "size_bytes": measurement.size_bytes,
+        "base_size_bytes": measurement.base_size_bytes,
+        "size_ratio": _finite(measurement.size_ratio),
+        "max_size_ratio": limits.max_size_ratio,
+        "latency_ms": measurement.latency_ms,
+        "base_latency_ms": measurement.base_latency_ms,
+        "latency_ratio": measurement.latency_ratio,
+        "max_latency_ratio": limits.max_latency_ratio,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN

@@ -1,0 +1,82 @@
+"""How well a model predicts held-out text, and what it answers greedily.
+
+Takes a model and token ids; gives losses per sequence, from which `intervals` makes a paired
+comparison. It does not know where the tokens come from or which limits apply.
+"""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from jobs.evaluation.intervals import Interval, perplexity_increase
+from jobs.models.decoder import Decoder
+
+__all__ = ["Interval", "greedy_reference", "perplexity_increase", "sequence_losses"]
+
+_LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
+
+
+def sequence_losses(
+    model: Decoder, sequences: NDArray[np.int64], batch_size: int = 8
+) -> NDArray[np.float64]:
+    """Return the mean cross entropy of every sequence, in nats per token.
+
+    `sequences` is [N, T+1] token ids: the first T are the input, the last T what is predicted.
+    The result is [N]; its mean is the log of the perplexity.
+    """
+    assert sequences.ndim == 2, f"expected [N, T+1] token ids, found shape {sequences.shape}"
+    assert sequences.shape[1] >= 2, "a sequence needs an input and a target"
+    device = _device(model)
+    losses = []
+    with torch.inference_mode():
+        for start in range(0, len(sequences), batch_size):
+            rows = torch.from_numpy(np.ascontiguousarray(sequences[start : start + batch_size]))
+            losses.append(_batch_losses(model, rows.to(device, torch.long)))
+    return torch.cat(losses).cpu().numpy()
+
+
+def greedy_reference(
+    model: Decoder, prompt_tokens: Sequence[int], max_tokens: int, stop_ids: Collection[int] = ()
+) -> list[int]:
+    """Return the most likely continuation, by a whole forward pass for every token.
+
+    This is the plain reference for engines: no cache, no batching. At most `max_tokens` ids, never
+    past the model's longest position; the first of `stop_ids` ends the answer and is not in it.
+    Equal logits go to the lowest id.
+    """
+    assert prompt_tokens, "an empty prompt has no next token"
+    tokens = list(prompt_tokens)
+    answer: list[int] = []
+    device = _device(model)
+    with torch.inference_mode():
+        while len(answer) < max_tokens and len(tokens) < model.config.max_seq_len:
+            hidden_BTC = model.hidden(torch.tensor([tokens], device=device))
+            choice = int(model.head(hidden_BTC[0, -1]).argmax())
+            if choice in stop_ids:
+                break
+            answer.append(choice)
+            tokens.append(choice)
+    return answer
+
+
+def _batch_losses(model: Decoder, rows: Tensor) -> Tensor:
+    # B batch, T tokens, C hidden, N = B * T
+    hidden_BTC = model.hidden(rows[:, :-1])
+    hidden_NC = hidden_BTC.flatten(0, 1)
+    targets_N = rows[:, 1:].flatten()
+    chunk = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
+    pieces = [
+        cross_entropy(
+            model.head(hidden_NC[i : i + chunk]).float(), targets_N[i : i + chunk], reduction="none"
+        )
+        for i in range(0, len(targets_N), chunk)
+    ]
+    return torch.cat(pieces).view(len(rows), -1).double().mean(dim=1)
+
+
+def _device(model: Decoder) -> torch.device:
+    return next(model.parameters()).device
