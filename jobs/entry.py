@@ -1,0 +1,107 @@
+"""What every thin main shares: options, the plan before the run, errors rendered once.
+
+Takes a command line and three functions of one job kind; gives an exit code: 0 done, 1 the run
+failed, 2 bad input, 130 interrupted. Data goes to standard output, everything else to standard
+error. It does not know what any job does.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import ModelT, load_config
+from cluster.errors import RaysmithError
+
+INTERRUPTED = 130
+Rows = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Job(Generic[ModelT]):
+    """One kind of job: its config, its plan as rows to print, and its run.
+
+    `run` returns the values that `--json` prints. `plan` must not start anything.
+    """
+
+    name: str
+    help: str
+    config: type[ModelT]
+    plan: Callable[[ModelT], Rows]
+    run: Callable[[ModelT], Mapping[str, Any]]
+
+
+def run_job(job: Job[ModelT], argv: Sequence[str] | None = None) -> int:
+    """Parse `argv`, print the plan or run the job, and return the exit code."""
+    arguments = _parser(job).parse_args(argv)
+    return guard(lambda: _run(job, arguments))
+
+
+def guard(action: Callable[[], None]) -> int:
+    """Run `action`, render a RaysmithError or Ctrl-C on standard error, return the exit code."""
+    console = Console(stderr=True)
+    try:
+        action()
+    except RaysmithError as error:
+        console.print("error:", style="bold red", end=" ", highlight=False)
+        console.print(error.message, markup=False, highlight=False, soft_wrap=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.print("interrupted; run the same command again to go on", style="yellow")
+        return INTERRUPTED
+    return 0
+
+
+def print_rows(title: str, rows: Rows) -> None:
+    """Print name and value rows as a table on standard output."""
+    table = Table(title=title, show_header=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """Print one JSON document on standard output."""
+    sys.stdout.write(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def _parser(job: Job[Any]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m jobs.{job.name}", description=job.help)
+    parser.add_argument("--config", type=Path, help="YAML file")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one value, e.g. --set optimizer.lr=0.001 (repeatable)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--json", action="store_true", help="print data as JSON")
+    return parser
+
+
+def _run(job: Job[ModelT], arguments: argparse.Namespace) -> None:
+    config = load_config(job.config, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        rows = job.plan(config)
+        if arguments.json:
+            print_json(dict(rows))
+        else:
+            print_rows(f"{job.name}: plan", rows)
+        return
+    values = job.run(config)
+    if arguments.json:
+        print_json(values)
+    else:
+        print_rows(job.name, [(key, _short(value)) for key, value in values.items()])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
