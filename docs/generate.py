@@ -58,6 +58,7 @@ def _field_row(key: str, field: Any) -> str:
     kind = getattr(field.annotation, "__name__", None)
     if kind is None or getattr(field.annotation, "__args__", None):
         kind = str(field.annotation).replace("typing.", "").replace("jobs.config.", "")
+    kind = kind.replace(" | ", " or ")
     if field.is_required():
         default = "required"
     elif isinstance(field.default, BaseModel) or (
@@ -66,7 +67,7 @@ def _field_row(key: str, field: Any) -> str:
         default = "see below"
     else:
         default = f"`{field.default}`"
-    return f"| `{key}` | `{kind}` | {default} | {field.description} |\n".replace(" | None`", " or None`")
+    return f"| `{key}` | `{kind}` | {default} | {field.description} |\n"
 
 
 def _describe_command(command: Any, name: str, parts: list[str]) -> None:

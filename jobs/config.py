@@ -22,6 +22,15 @@ class RopeScaling(StrictModel):
     high_freq_factor: float = Field(4.0, gt=0, description="llama3: above this, do not scale.")
     original_max_seq_len: int = Field(8192, gt=0, description="llama3: trained context in tokens.")
 
+    @model_validator(mode="after")
+    def _check_frequencies(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor} must exceed "
+                f"low_freq_factor={self.low_freq_factor}"
+            )
+        return self
+
 
 class DecoderConfig(StrictModel):
     """Shape of a decoder-only transformer (Llama, Qwen2, Qwen3, Mistral)."""
@@ -275,7 +284,7 @@ class DeployConfig(StrictModel):
     model: str = Field(description="name@version or name@production.")
     num_replicas: int = Field(1, ge=1, description="Replicas of the engine.")
     cpus_per_replica: float = Field(1.0, gt=0, description="CPUs reserved for each replica.")
-    api_keys_file: str | None = Field(None, description="File of API keys; unset: one is made.")
+    api_keys_file: str = Field(description="File of API keys; `raysmith keys new` makes one.")
     ready_timeout_s: float = Field(120.0, gt=0, description="How long to wait for readiness.")
 
 

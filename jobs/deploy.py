@@ -1,0 +1,91 @@
+"""Offer a published model: a config handed to Ray Serve, then wait until it answers.
+
+Takes a DeployConfig; gives the address. The application is named by its import path, as data, so
+nothing of `serving` is imported here. Other applications on the cluster are left as they are.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster.errors import ClusterError
+from cluster.storage import resolve_output
+from jobs.config import DeployConfig
+from jobs.registry import Entry, Registry
+
+
+class ServeApi(Protocol):
+    """What is used of Ray's Serve REST API; `ServeSubmissionClient` offers it."""
+
+    def get_serve_details(self) -> dict[str, Any]:
+        """Return the state of every application."""
+
+    def deploy_applications(self, config: dict[str, Any]) -> None:
+        """Make the cluster run exactly these applications."""
+
+
+def application(config: DeployConfig, registry: Path, entry: Entry) -> dict[str, Any]:
+    """Return the Serve application that offers one registry entry."""
+    return {
+        "name": config.application,
+        "route_prefix": "/",
+        "import_path": config.import_path,
+        "args": {
+            "registry": str(registry),
+            "models": [entry.reference],
+            "api_keys_file": str(resolve_output(config.api_keys_file)),
+            "num_replicas": config.num_replicas,
+            "cpus_per_replica": config.cpus_per_replica,
+        },
+    }
+
+
+def merge(details: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the applications to deploy: those running now, with `new` added or in its place."""
+    running = [
+        app["deployed_app_config"]
+        for name, app in details.get("applications", {}).items()
+        if name != new["name"] and app.get("deployed_app_config")
+    ]
+    return [*running, dict(new)]
+
+
+def deploy(config: DeployConfig, registry_root: str, api: ServeApi, http_port: int) -> Entry:
+    """Deploy the model and wait until the application runs.
+
+    Raises ModelNotFoundError or IntegrityError before anything is changed, and ClusterError with
+    Serve's own message if the application does not come up within `ready_timeout_s`.
+    """
+    root = resolve_output(registry_root)
+    entry = Registry(root).resolve(config.model)
+    applications = merge(api.get_serve_details(), application(config, root, entry))
+    api.deploy_applications(serve_config(applications, http_port))
+    _wait_until_running(config, api)
+    return entry
+
+
+def serve_config(applications: Sequence[Mapping[str, Any]], http_port: int) -> dict[str, Any]:
+    """Return a whole Serve config that listens on the loopback address only."""
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": http_port},
+        "applications": [dict(app) for app in applications],
+    }
+
+
+def _wait_until_running(config: DeployConfig, api: ServeApi) -> None:
+    deadline = time.monotonic() + config.ready_timeout_s
+    status, message = "NOT_STARTED", ""
+    while time.monotonic() < deadline:
+        app = api.get_serve_details().get("applications", {}).get(config.application, {})
+        status, message = app.get("status", status), app.get("message", message)
+        if status == "RUNNING":
+            return
+        if status in {"DEPLOY_FAILED", "UNHEALTHY"}:
+            break
+        time.sleep(0.25)
+    raise ClusterError(
+        f"application `{config.application}` is {status} after the deployment: "
+        f"{message or 'Serve says no more'}. Look at the replica's log with `ray logs`."
+    )

@@ -1,0 +1,114 @@
+"""Whether an endpoint answers what its model says.
+
+Takes a served model's directory and an OpenAI-compatible address; gives how many greedy answers
+over REST equal those of a plain forward pass over the same directory, token for token. It does not
+know which engine serves.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from cluster.errors import EngineError
+from jobs.compression.packing import load_model
+from jobs.data.tokenizer import load_tokenizer
+from jobs.evaluation.quality import greedy_reference
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where and as whom to ask."""
+
+    base_url: str
+    api_key: str
+    model: str
+    timeout_s: float = 120.0
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """One prompt whose two answers differ."""
+
+    prompt: str
+    offline: str
+    served: str
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How many of the prompts were answered alike."""
+
+    num_prompts: int
+    disagreements: tuple[Disagreement, ...]
+
+    @property
+    def num_equal(self) -> int:
+        """Prompts with equal answers."""
+        return self.num_prompts - len(self.disagreements)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every answer is equal."""
+        return not self.disagreements
+
+
+def check_parity(
+    directory: Path,
+    endpoint: Endpoint,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int = 24,
+    concurrency: int = 8,
+) -> ParityReport:
+    """Ask every prompt offline and over REST, greedily, and compare the decoded tokens.
+
+    Prompts are asked `concurrency` at a time, so that batches form. Raises EngineError if the
+    endpoint refuses one.
+    """
+    offline = offline_answers(directory, prompts, max_tokens=max_tokens)
+    with (
+        httpx.Client(timeout=endpoint.timeout_s) as client,
+        ThreadPoolExecutor(concurrency) as pool,
+    ):
+        served = list(pool.map(lambda p: _ask(client, endpoint, p, max_tokens), prompts))
+    differing = tuple(
+        Disagreement(prompt, expected, found)
+        for prompt, expected, found in zip(prompts, offline, served, strict=True)
+        if expected != found
+    )
+    return ParityReport(len(prompts), differing)
+
+
+def offline_answers(directory: Path, prompts: Sequence[str], *, max_tokens: int) -> list[str]:
+    """Return the greedy continuation of every prompt, by plain forward passes without a cache."""
+    model = load_model(directory).model
+    tokenizer = load_tokenizer(directory)
+    stop_ids = {tokenizer.eos_token_id} - {None}
+    answers = []
+    for prompt in prompts:
+        prompt_ids = tokenizer.encode(prompt)
+        answer_ids = greedy_reference(model, prompt_ids, max_tokens, stop_ids)
+        answers.append(tokenizer.decode(answer_ids, skip_special_tokens=True))
+    return answers
+
+
+def _ask(client: httpx.Client, endpoint: Endpoint, prompt: str, max_tokens: int) -> str:
+    response = client.post(
+        f"{endpoint.base_url}/completions",
+        headers={"Authorization": f"Bearer {endpoint.api_key}"},
+        json={
+            "model": endpoint.model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+        },
+    )
+    if response.status_code != httpx.codes.OK:
+        raise EngineError(
+            f"{endpoint.base_url} answered {response.status_code} to a parity prompt: "
+            f"{response.text[:300]}"
+        )
+    return str(response.json()["choices"][0]["text"])
