@@ -15,6 +15,7 @@ gateway render them once, at their edge.
     │   ├── VersionExistsError        a published version is never overwritten
     │   ├── PortTakenError            another process listens on a port that is needed
     │   └── RequestError              an inference request out of bounds
+    │       └── ContextLengthError    a prompt, with what is asked for, longer than the context
     ├── ClusterError                  Ray cannot be reached, started or stopped
     │   └── VersionMismatchError      Ray or Python differ between here and the cluster
     ├── StorageError                  reading or writing failed: disk full, no permission
@@ -87,6 +88,10 @@ class PortTakenError(UserError):
 
 class RequestError(UserError):
     """An inference request is out of bounds."""
+
+
+class ContextLengthError(RequestError):
+    """A prompt, with what is asked for after it, is longer than the model's context."""
 
 
 class ClusterError(RaysmithError):
