@@ -15,14 +15,18 @@ from jobs.config import DeployConfig
 from jobs.registry import Entry, Registry
 
 
-class ServeApi(Protocol):
-    """What is used of Ray's Serve REST API; `ServeSubmissionClient` offers it."""
+class Api(Protocol):
+    """What is used of Ray Serve's REST API; `cluster.serve_api.ServeApi` offers it."""
 
-    def get_serve_details(self) -> dict[str, Any]:
+    @property
+    def http_port(self) -> int:
+        """Port that Serve listens on."""
+
+    def details(self) -> dict[str, Any]:
         """Return the state of every application."""
 
-    def deploy_applications(self, config: dict[str, Any]) -> None:
-        """Make the cluster run exactly these applications."""
+    def deploy(self, config: dict[str, Any]) -> None:
+        """Make the cluster run exactly the applications of this config."""
 
 
 def application(config: DeployConfig, registry: Path, entry: Entry) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def merge(details: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, 
     return [*running, dict(new)]
 
 
-def deploy(config: DeployConfig, registry_root: str, api: ServeApi, http_port: int) -> Entry:
+def deploy(config: DeployConfig, registry_root: str, api: Api) -> Entry:
     """Deploy the model and wait until the application runs.
 
     Raises ModelNotFoundError or IntegrityError before anything is changed, and ClusterError with
@@ -59,8 +63,8 @@ def deploy(config: DeployConfig, registry_root: str, api: ServeApi, http_port: i
     """
     root = resolve_output(registry_root)
     entry = Registry(root).resolve(config.model)
-    applications = merge(api.get_serve_details(), application(config, root, entry))
-    api.deploy_applications(serve_config(applications, http_port))
+    applications = merge(api.details(), application(config, root, entry))
+    api.deploy(serve_config(applications, api.http_port))
     _wait_until_running(config, api)
     return entry
 
@@ -74,11 +78,11 @@ def serve_config(applications: Sequence[Mapping[str, Any]], http_port: int) -> d
     }
 
 
-def _wait_until_running(config: DeployConfig, api: ServeApi) -> None:
+def _wait_until_running(config: DeployConfig, api: Api) -> None:
     deadline = time.monotonic() + config.ready_timeout_s
     status, message = "NOT_STARTED", ""
     while time.monotonic() < deadline:
-        app = api.get_serve_details().get("applications", {}).get(config.application, {})
+        app = api.details().get("applications", {}).get(config.application, {})
         status, message = app.get("status", status), app.get("message", message)
         if status == "RUNNING":
             return

@@ -1,0 +1,369 @@
+"""The command line: `raysmith up`, `train`, `search`, `serve` and the rest.
+
+Takes words; gives exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted. The one file
+that knows all three packages; each command hands over to one function of theirs.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import ClusterError, ConfigError
+from cluster.session import (
+    HeadConfig,
+    Session,
+    find_session,
+    list_sessions,
+    start_head,
+    stop_head,
+)
+from cluster.storage import resolve_output
+from jobs.entry import guard, print_json, print_rows
+
+app = typer.Typer(
+    help="Train large models, shrink them and serve them on one Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="Published models: list, publish, promote, roll back.")
+keys_app = typer.Typer(help="API keys of the gateway.")
+app.add_typer(models_app, name="models", no_args_is_help=True)
+app.add_typer(keys_app, name="keys", no_args_is_help=True)
+
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one value; repeatable."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print data as JSON.")]
+Name = Annotated[str, typer.Option("--name", help="Name of the local cluster.")]
+RegistryRoot = Annotated[str, typer.Option("--registry", help="Folder of the registry.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        result = app(args=argv, standalone_mode=False)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        Console(stderr=True).print(f"error: {error.format_message()}", markup=False)  # click's own
+        return 2
+    return int(result or 0)
+
+
+# --- the cluster -------------------------------------------------------------------------------
+
+
+@app.command()
+def up(
+    name: Name = "default",
+    num_cpus: Annotated[int | None, typer.Option(help="CPUs Ray may use; unset: all.")] = None,
+    port: Annotated[int, typer.Option(help="Port of the cluster; 0 picks one.")] = 6379,
+    dashboard_port: Annotated[int, typer.Option(help="Port of the dashboard.")] = 8265,
+    serve_port: Annotated[int, typer.Option(help="Port of the REST gateway.")] = 8000,
+    json: Json = False,
+) -> int:
+    """Start a local cluster, or say where the running one is."""
+
+    def action() -> None:
+        session = start_head(
+            HeadConfig(
+                name=name,
+                num_cpus=num_cpus,
+                gcs_port=port,
+                dashboard_port=dashboard_port,
+                serve_port=serve_port,
+            )
+        )
+        _show(session_values(session), f"cluster `{name}` is up", as_json=json)
+
+    return guard(action)
+
+
+@app.command()
+def status(json: Json = False) -> int:
+    """Show the local clusters that run, their machines and their addresses."""
+
+    def action() -> None:
+        sessions = [session_values(session) for session in list_sessions()]
+        if json:
+            print_json({"sessions": sessions})
+        elif not sessions:
+            Console().print("no local cluster is running; `raysmith up` starts one")
+        for values in sessions if not json else []:
+            print_rows(f"cluster `{values['name']}`", _rows(values))
+
+    return guard(action)
+
+
+@app.command()
+def down(
+    name: Name = "default",
+    all_sessions: Annotated[bool, typer.Option("--all", help="Every cluster started here.")] = False,
+) -> int:
+    """Stop a local cluster and every process it started."""
+
+    def action() -> None:
+        sessions = list_sessions() if all_sessions else [find_session(name)]
+        for session in sessions:
+            stop_head(session)
+            Console(stderr=True).print(f"stopped cluster `{session.name}`")
+
+    return guard(action)
+
+
+# --- jobs --------------------------------------------------------------------------------------
+
+
+@app.command()
+def plan(config: Config = None, overrides: Overrides = None, json: Json = False) -> int:
+    """Print what a training run needs: memory, time and cost. Starts nothing."""
+    from jobs import train as job
+
+    return job.main(job_arguments(config, overrides, dry_run=True, as_json=json))
+
+
+@app.command()
+def train(
+    config: Config = None, overrides: Overrides = None, dry_run: DryRun = False, json: Json = False
+) -> int:
+    """Train a model on the running cluster."""
+    from jobs import train as job
+
+    return job.main(job_arguments(config, overrides, dry_run=dry_run, as_json=json))
+
+
+@app.command()
+def search(
+    config: Config = None, overrides: Overrides = None, dry_run: DryRun = False, json: Json = False
+) -> int:
+    """Search for the smallest model that still passes the gate."""
+    from jobs.search import __main__ as job
+
+    return job.main(job_arguments(config, overrides, dry_run=dry_run, as_json=json))
+
+
+@app.command()
+def compress(
+    config: Config = None, overrides: Overrides = None, dry_run: DryRun = False, json: Json = False
+) -> int:
+    """Apply one compression recipe to one model."""
+    from jobs import compress as job
+
+    return job.main(job_arguments(config, overrides, dry_run=dry_run, as_json=json))
+
+
+@app.command()
+def evaluate(
+    config: Config = None, overrides: Overrides = None, dry_run: DryRun = False, json: Json = False
+) -> int:
+    """Measure a compressed model beside the one it came from, and judge it."""
+    from jobs import evaluate as job
+
+    return job.main(job_arguments(config, overrides, dry_run=dry_run, as_json=json))
+
+
+@app.command()
+def pipeline(
+    config: Config = None, overrides: Overrides = None, dry_run: DryRun = False, json: Json = False
+) -> int:
+    """Train, search, publish and deploy, in this order."""
+    from jobs import pipeline as job
+
+    return job.main(job_arguments(config, overrides, dry_run=dry_run, as_json=json))
+
+
+@app.command()
+def submit(
+    job: Annotated[str, typer.Argument(help="train, search, compress, evaluate or pipeline.")],
+    config: Config = None,
+    overrides: Overrides = None,
+    name: Name = "default",
+    wait: Annotated[bool, typer.Option(help="Follow the log until the job ends.")] = True,
+) -> int:
+    """Submit a job to the cluster, as `ray job submit --working-dir . -- python -m jobs.JOB` does."""
+    from jobs.submit import submit_job
+
+    outcome: list[int] = []
+
+    def action() -> None:
+        arguments = job_arguments(config, overrides, dry_run=False, as_json=False)
+        outcome.append(submit_job(find_session(name), job, arguments, wait=wait))
+
+    return guard(action) or outcome[0]
+
+
+# --- models ------------------------------------------------------------------------------------
+
+
+@models_app.command("list")
+def list_models(registry: RegistryRoot = "runs/registry", json: Json = False) -> int:
+    """List every published version."""
+    from jobs.registry import Registry
+
+    def action() -> None:
+        entries = [e.model_dump(mode="json") for e in Registry(resolve_output(registry)).entries()]
+        if json:
+            print_json({"models": entries})
+            return
+        table = Table("model", "aliases", "size", "published", title="published models")
+        for entry in entries:
+            table.add_row(
+                f"{entry['name']}@{entry['version']}",
+                ", ".join(entry["aliases"]),
+                f"{entry['size_bytes'] / 2**20:.2f} MiB",
+                entry["published_at"],
+            )
+        Console().print(table)
+
+    return guard(action)
+
+
+@models_app.command("publish")
+def publish_model(
+    source: Annotated[Path, typer.Argument(help="Model directory whose manifest passed the gate.")],
+    name: Annotated[str, typer.Argument(help="Name to publish under.")],
+    version: Annotated[str | None, typer.Option(help="Version; unset: the next number.")] = None,
+    registry: RegistryRoot = "runs/registry",
+    promote: Annotated[bool, typer.Option(help="Point name@production to it.")] = False,
+) -> int:
+    """Publish a model directory as an immutable version."""
+    from jobs.config import PublishConfig
+    from jobs.publish import publish
+
+    def action() -> None:
+        config = PublishConfig(registry=registry, name=name, version=version, promote=promote)
+        Console().print(f"published {publish(resolve_output(source), config).reference}")
+
+    return guard(action)
+
+
+@models_app.command("promote")
+def promote_model(
+    reference: Annotated[str, typer.Argument(help="name@version.")],
+    registry: RegistryRoot = "runs/registry",
+) -> int:
+    """Point name@production to a version."""
+    return _change_alias(reference, registry, lambda r, name, version: r.promote(name, version))
+
+
+@models_app.command("rollback")
+def roll_back_model(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    registry: RegistryRoot = "runs/registry",
+) -> int:
+    """Point name@production back to the version before."""
+    return _change_alias(f"{name}@-", registry, lambda r, model, _: r.roll_back(model))
+
+
+# --- serving -----------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="name@version or name@production.")],
+    api_keys: Annotated[str, typer.Option(help="File of API keys.")] = "runs/api-keys",
+    registry: RegistryRoot = "runs/registry",
+    replicas: Annotated[int, typer.Option(min=1, help="Replicas of the engine.")] = 1,
+    name: Name = "default",
+) -> int:
+    """Offer a published model over REST."""
+    from cluster.serve_api import serve_api
+    from jobs.config import DeployConfig
+    from jobs.deploy import deploy
+
+    def action() -> None:
+        session = find_session(name)
+        config = DeployConfig(model=model, api_keys_file=api_keys, num_replicas=replicas)
+        entry = deploy(config, registry, serve_api(session))
+        Console().print(f"{entry.reference} answers at {session.serve_url}/v1")
+
+    return guard(action)
+
+
+@keys_app.command("new")
+def new_key(
+    owner: Annotated[str, typer.Argument(help="Who will use it.")],
+    file: Annotated[str, typer.Option(help="File of API keys.")] = "runs/api-keys",
+) -> int:
+    """Make an API key; it is shown once, only its digest is kept."""
+    from serving.gateway.auth import add_key
+
+    return guard(lambda: sys.stdout.write(add_key(resolve_output(file), owner) + "\n") and None)
+
+
+@app.command()
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave everything up.")] = False,
+) -> int:
+    """Train, shrink, publish and serve a small model, and write runs/demo/report.html."""
+    from jobs.demo import run_demo
+    from serving.gateway.auth import add_key
+
+    return guard(lambda: run_demo(keep=keep, make_key=add_key))
+
+
+# --- shared ------------------------------------------------------------------------------------
+
+
+def job_arguments(
+    config: Path | None, overrides: Sequence[str] | None, *, dry_run: bool, as_json: bool
+) -> list[str]:
+    """Return the arguments that every thin main understands."""
+    arguments = ["--config", str(config)] if config is not None else []
+    for override in overrides or ():
+        arguments += ["--set", override]
+    return arguments + ["--dry-run"] * dry_run + ["--json"] * as_json
+
+
+def session_values(session: Session) -> dict[str, Any]:
+    """Return what a person wants to know about a session."""
+    return {
+        "name": session.name,
+        "address": session.address,
+        "dashboard": session.dashboard_url,
+        "gateway": session.serve_url,
+        "token_file": str(session.token_path),
+        "pid": session.pid,
+        "home": str(session.home),
+    }
+
+
+def _show(values: dict[str, Any], title: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(values)
+    else:
+        print_rows(title, _rows(values))
+
+
+def _rows(values: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(key.replace("_", " "), str(value)) for key, value in values.items()]
+
+
+def _change_alias(reference: str, root: str, change: Callable[[Any, str, str], Any]) -> int:
+    from jobs.registry import Registry
+
+    def action() -> None:
+        name, separator, version = reference.partition("@")
+        if not separator or not version:
+            raise ConfigError(f"`{reference}` names no version. Give name@version.")
+        entry = change(Registry(resolve_output(root)), name, version)
+        Console().print(f"{name}@production is now {entry.reference}")
+
+    return guard(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
