@@ -19,6 +19,7 @@ from cluster.storage import GIB
 from jobs.config import DecoderConfig
 from jobs.kernels.attention import Attention, attend_causal
 from jobs.models import _hf, _weights
+from jobs.models._rotary import Rotary, rotate
 
 
 class Decoder(nn.Module):
@@ -29,7 +30,7 @@ class Decoder(nn.Module):
         self.config = config
         self.model = _Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary = _Rotary(config)
+        self.rotary = Rotary(config)
         self.tie()
 
     def forward(
@@ -141,8 +142,8 @@ class _SelfAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
         # Rotating promotes to float32 under autocast, which gives the values as bfloat16.
-        q_BTHD = _rotate(q_BTHD, cos_BT1D, sin_BT1D).to(v_BTKD.dtype)
-        k_BTKD = _rotate(k_BTKD, cos_BT1D, sin_BT1D).to(v_BTKD.dtype)
+        q_BTHD = rotate(q_BTHD, cos_BT1D, sin_BT1D).to(v_BTKD.dtype)
+        k_BTKD = rotate(k_BTKD, cos_BT1D, sin_BT1D).to(v_BTKD.dtype)
         if attention is None:
             o_BTHD = attend_causal(q_BTHD, k_BTKD, v_BTKD, self.window)
         else:
@@ -159,22 +160,6 @@ class _GatedMLP(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         return self.down_proj(functional.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
-
-
-class _Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021) with linear or Llama 3 scaling."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        # Not a buffer: frequencies stay float32 and real whatever the model is cast or moved to.
-        self.frequencies_D = _rotary_frequencies(config)
-
-    def forward(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines of half a head's size, broadcastable over heads."""
-        if self.frequencies_D.device != positions_BT.device:
-            self.frequencies_D = self.frequencies_D.to(positions_BT.device)
-        angles_BT1D = positions_BT[:, :, None, None].float() * self.frequencies_D
-        return angles_BT1D.cos().to(dtype), angles_BT1D.sin().to(dtype)
 
 
 def build(config: DecoderConfig, seed: int) -> Decoder:
@@ -273,29 +258,3 @@ def _join_tied_head(state: dict[str, Tensor], directory: Path) -> None:
             "embedding. Set it to false in config.json to keep both."
         )
     state["lm_head.weight"] = embedding_VC
-
-
-def _rotate(x_BTHD: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor) -> Tensor:
-    """Return x with the first and second halves of each head rotated against each other."""
-    first, second = x_BTHD.chunk(2, dim=-1)
-    return torch.cat(
-        (first * cos_BT1D - second * sin_BT1D, second * cos_BT1D + first * sin_BT1D), dim=-1
-    )
-
-
-def _rotary_frequencies(config: DecoderConfig) -> Tensor:
-    size = config.resolved_head_dim
-    exponents_D = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
-    frequencies_D = 1.0 / config.rope_theta**exponents_D
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies_D
-    slowed_D = frequencies_D / scaling.factor
-    if scaling.kind == "linear":
-        return slowed_D
-    # Llama 3.1 (Meta, models/llama3/reference_impl/model.py): long waves are stretched, short ones
-    # kept, those between blended.
-    turns_D = scaling.original_max_seq_len * frequencies_D / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept_D = ((turns_D - low) / (high - low)).clamp(0.0, 1.0)
-    return kept_D * frequencies_D + (1 - kept_D) * slowed_D
