@@ -241,6 +241,7 @@ class SearchConfig(StrictModel):
     output_dir: str = Field("runs", description="Where searches are kept.")
     model: str = Field(description="Directory of the dense model.")
     data: str = Field(description="Folder of packed shards, as a training run wrote it.")
+    seq_len: int = Field(256, ge=2, description="Tokens of one evaluated sequence.")
     schemes: tuple[str, ...] = Field(
         ("bf16", "w8a8", "w4a16"), min_length=1, description="Formats a layer group may take."
     )
@@ -267,11 +268,29 @@ class SearchConfig(StrictModel):
         return self
 
 
+class EvaluateConfig(StrictModel):
+    """Measure one model beside the dense one it came from, and judge it."""
+
+    model: str = Field(description="Directory, or name@version in the registry.")
+    base: str = Field(description="Directory of the dense model it came from.")
+    data: str = Field(description="Folder of packed shards, as a training run wrote it.")
+    registry: str = Field("runs/registry", description="Folder of the registry.")
+    split: Literal["validation", "test"] = Field("test", description="Which held-out split.")
+    seq_len: int = Field(256, ge=2, description="Tokens of one evaluated sequence.")
+    gate: GateConfig = Field(GateConfig(), description="Limits it is judged by.")
+    record: bool = Field(
+        False, description="Write the verdict into the directory's manifest, for publishing."
+    )
+
+
 class PublishConfig(StrictModel):
     """Where and under which name a model is published."""
 
     registry: str = Field("runs/registry", description="Folder of the registry.")
     name: str = Field(description="Name of the model.")
+    model: str | None = Field(
+        None, description="Directory to publish; unset: the pipeline gives its winner."
+    )
     version: str | None = Field(None, description="Version; unset: the next number.")
     promote: bool = Field(True, description="Point name@production to it.")
 
