@@ -74,7 +74,7 @@ def _last_rows(pieces: Seq[Piece]) -> tuple[list[Sequence], list[int]]:
 
 def _row(sequence: Sequence) -> SamplingRow:
     request = sequence.request
-    draw = sequence.random.random() if request.temperature > 0 else 0.0
+    draw = sequence.draws.random() if request.temperature > 0 else 0.0
     return SamplingRow(request.temperature, request.top_p, request.top_k, draw)
 
 

@@ -1,8 +1,8 @@
 """The next token of every sequence of a pass, from its logits.
 
 Takes logits and the parameters of each row; gives token ids and log probabilities. It does not know
-about sequences or text. One number in [0, 1) decides the draw of a row, so a seeded sequence gets the
-same tokens whatever runs beside it.
+about sequences or text. One number in [0, 1) decides the draw of a row, so a seeded sequence gets
+the same tokens whatever runs beside it.
 
 N rows, V vocabulary
 """

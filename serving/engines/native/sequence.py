@@ -58,11 +58,11 @@ class Sequence:
     slot: int | None = None
     num_cached: int = 0
     tokens: list[int] = field(init=False)
-    random: random.Random = field(init=False)
+    draws: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_tokens)
-        self.random = random.Random(self.request.seed)
+        self.draws = random.Random(self.request.seed)
 
     @property
     def num_prompt(self) -> int:
