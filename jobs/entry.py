@@ -39,7 +39,9 @@ class Job(Generic[ModelT]):
 
 def run_job(job: Job[ModelT], argv: Sequence[str] | None = None) -> int:
     """Parse `argv`, print the plan or run the job, and return the exit code."""
-    arguments = _parser(job).parse_args(argv)
+    parser = argparse.ArgumentParser(prog=f"python -m jobs.{job.name}", description=job.help)
+    add_options(parser)
+    arguments = parser.parse_args(argv)
     return guard(lambda: _run(job, arguments))
 
 
@@ -71,8 +73,13 @@ def print_json(values: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
 
 
-def _parser(job: Job[Any]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m jobs.{job.name}", description=job.help)
+def value_rows(values: Mapping[str, Any]) -> Rows:
+    """Return values as rows to print, numbers to six digits."""
+    return [(key.replace("_", " "), _short(value)) for key, value in values.items()]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every thin main understands."""
     parser.add_argument("--config", type=Path, help="YAML file")
     parser.add_argument(
         "--set",
@@ -84,7 +91,6 @@ def _parser(job: Job[Any]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--json", action="store_true", help="print data as JSON")
-    return parser
 
 
 def _run(job: Job[ModelT], arguments: argparse.Namespace) -> None:
@@ -100,7 +106,7 @@ def _run(job: Job[ModelT], arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(values)
     else:
-        print_rows(job.name, [(key, _short(value)) for key, value in values.items()])
+        print_rows(job.name, value_rows(values))
 
 
 def _short(value: Any) -> str:

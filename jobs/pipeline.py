@@ -1,0 +1,98 @@
+"""The whole way in one config: train, search, publish, deploy.
+
+Takes a PipelineConfig and the stages to run; gives what each stage says of itself. A stage that
+was cut off goes on when it is run again. It knows Ray Serve only as a config handed to the
+cluster, so it imports nothing from `serving`.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cluster.config import load_config
+from cluster.serve_api import serve_api
+from cluster.storage import resolve_output
+from jobs.config import PipelineConfig
+from jobs.deploy import deploy
+from jobs.entry import Rows, add_options, guard, print_json, print_rows, value_rows
+from jobs.publish import publish
+from jobs.search.launch import plan_rows as search_rows
+from jobs.search.launch import run_search
+from jobs.training.launch import launch
+from jobs.training.launch import plan_rows as training_rows
+
+Stage = Callable[[PipelineConfig], Mapping[str, Any]]
+
+
+def train_stage(config: PipelineConfig) -> Mapping[str, Any]:
+    """Train the model."""
+    return launch(config.train).summary()
+
+
+def search_stage(config: PipelineConfig) -> Mapping[str, Any]:
+    """Search the smallest version of it that passes the gate."""
+    return run_search(config.search).summary()
+
+
+def publish_stage(config: PipelineConfig) -> Mapping[str, Any]:
+    """Publish the winner of the search."""
+    winner = resolve_output(config.search.output_dir) / config.search.name / "winner"
+    entry = publish(winner, config.publish)
+    return {"published": entry.reference, "digest": entry.digest, "path": str(entry.path)}
+
+
+def deploy_stage(config: PipelineConfig) -> Mapping[str, Any]:
+    """Offer the published model over REST."""
+    api = serve_api()
+    entry = deploy(config.deploy, config.publish.registry, api)
+    return {"deployed": entry.reference, "address": f"http://127.0.0.1:{api.http_port}/v1"}
+
+
+STAGES: dict[str, Stage] = {
+    "train": train_stage,
+    "search": search_stage,
+    "publish": publish_stage,
+    "deploy": deploy_stage,
+}
+
+
+def plan_rows(config: PipelineConfig) -> Rows:
+    """Return what all stages will do, without starting anything."""
+    return [
+        *((f"train: {name}", value) for name, value in training_rows(config.train)),
+        *((f"search: {name}", value) for name, value in search_rows(config.search)),
+        ("publish", f"{config.publish.name} in {resolve_output(config.publish.registry)}"),
+        ("deploy", f"{config.deploy.model} on {config.deploy.num_replicas} replica(s)"),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages asked for and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.pipeline", description="Train, search, publish and deploy."
+    )
+    add_options(parser)
+    parser.add_argument(
+        "--stage", action="append", choices=list(STAGES), help="only this stage (repeatable)"
+    )
+    return guard(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    config = load_config(PipelineConfig, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        rows = plan_rows(config)
+        print_json(dict(rows)) if arguments.json else print_rows("pipeline: plan", rows)
+        return
+    results = {}
+    for name in arguments.stage or STAGES:
+        results[name] = dict(STAGES[name](config))
+        if not arguments.json:
+            print_rows(name, value_rows(results[name]))
+    if arguments.json:
+        print_json(results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The demo's report: one table and one page with plots, from the files that the stages left.
+
+Takes DemoFacts and the folders of the training run and the search; gives a rich table and
+`report.html`, which needs no network. It measures nothing itself.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.table import Table
+
+from cluster.config import StrictModel
+from cluster.storage import MIB, write_atomic
+from jobs import plots
+
+
+class DemoFacts(StrictModel):
+    """What the demo itself saw; everything else is read from the runs' folders."""
+
+    reference: str
+    completion: str
+    first_token_ms: float
+    stream_tokens_per_s: float
+    parity_equal: int
+    parity_prompts: int
+    stage_seconds: dict[str, float]
+    train_dir: str
+    search_dir: str
+    total_s: float = 0.0
+    jobs: list[dict[str, str]] = []
+
+
+class Row(StrictModel):
+    """One line of the summary."""
+
+    what: str
+    before: str
+    after: str
+
+
+def table(facts: DemoFacts) -> Table:
+    """Return the summary: what, before, after."""
+    drawn = Table("what", "before", "after", title=f"{facts.reference} in {facts.total_s:.0f} s")
+    for row in rows(facts):
+        drawn.add_row(row.what, row.before, row.after)
+    return drawn
+
+
+def rows(facts: DemoFacts) -> list[Row]:
+    """Return the summary's lines."""
+    summary = _read(facts.train_dir, "summary.json")
+    winner = _winner(facts)
+    numbers = _read(facts.search_dir, "search.json")["verdict"]["numbers"]
+    untrained = math.log(summary["vocab_size"])
+    loss = summary["validation_loss"]
+    base_bytes, size_bytes = numbers["base_size_bytes"], numbers["size_bytes"]
+    return [
+        Row(
+            what="validation loss, nats per token",
+            before=f"{untrained:.3f} (untrained)",
+            after=f"{loss:.3f} ({loss / untrained - 1:+.1%})",
+        ),
+        Row(
+            what="perplexity, test split",
+            before=f"{numbers['base_perplexity']:.2f} (bf16)",
+            after=f"{numbers['perplexity']:.2f} "
+            f"({numbers['perplexity_increase']:+.2%}, "
+            f"95% bound {numbers['perplexity_increase_upper95']:+.2%})",
+        ),
+        Row(
+            what="weights on disk",
+            before=f"{base_bytes / MIB:.2f} MiB (bf16)",
+            after=f"{size_bytes / MIB:.2f} MiB ({size_bytes / base_bytes:.1%})",
+        ),
+        Row(
+            what="decoding step, batch 1",
+            before=f"{numbers['base_latency_ms']:.2f} ms (bf16)",
+            after=f"{numbers['latency_ms']:.2f} ms ({winner['summary']})",
+        ),
+        Row(
+            what="over REST, streaming",
+            before="-",
+            after=f"first token {facts.first_token_ms:.0f} ms, "
+            f"{facts.stream_tokens_per_s:.0f} tokens/s",
+        ),
+        Row(
+            what="greedy answers equal to offline",
+            before="-",
+            after=f"{facts.parity_equal} of {facts.parity_prompts} prompts",
+        ),
+    ]
+
+
+def write_report(out: Path, facts: DemoFacts) -> Path:
+    """Write `report.html` and return its path."""
+    search = _read(facts.search_dir, "search.json")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
+    )
+    page = environment.get_template("report.html.j2").render(
+        facts=facts,
+        rows=rows(facts),
+        plots=[_loss_plot(facts), _pareto_plot(search), _latency_plot(search), _size_plot(search)],
+        trials=sorted(search["trials"], key=lambda t: (-t["rung"], t["size_ratio"] or math.inf)),
+        winner=search["winner"],
+        why=search["why"],
+    )
+    path = out / "report.html"
+    write_atomic(path, page.encode())
+    return path
+
+
+def _loss_plot(facts: DemoFacts) -> str:
+    lines = (Path(facts.train_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    steps = [r for r in records if "loss" in r]
+    checks = [r for r in records if "validation_loss" in r]
+    vocab_size = _read(facts.train_dir, "summary.json")["vocab_size"]
+    return plots.curves(
+        "Loss",
+        [
+            plots.Curve("training", [r["step"] for r in steps], [r["loss"] for r in steps]),
+            plots.Curve(
+                "validation",
+                [r["step"] for r in checks],
+                [r["validation_loss"] for r in checks],
+                color=plots.GOOD,
+                dots=True,
+            ),
+        ],
+        x="step",
+        y="nats per token",
+        level=(f"ln {vocab_size}", math.log(vocab_size)),
+    )
+
+
+def _pareto_plot(search: dict[str, Any]) -> str:
+    numbers = search["verdict"]["numbers"]
+    points = [
+        plots.ParetoPoint(
+            size_ratio=trial["size_ratio"],
+            increase=trial["perplexity_increase"],
+            on_front=trial["on_front"],
+            is_winner=trial["candidate"] == search["winner"],
+        )
+        for trial in search["trials"]
+        if trial["perplexity_increase"] is not None
+    ]
+    limits = (numbers["max_size_ratio"], numbers["max_perplexity_increase"])
+    return plots.pareto("Compression search", points, limits=limits)
+
+
+def _latency_plot(search: dict[str, Any]) -> str:
+    numbers = search["verdict"]["numbers"]
+    values = [numbers["base_latency_ms"], numbers["latency_ms"]]
+    return plots.bars("Decoding step, batch 1", ["bf16", "published"], values, unit="ms")
+
+
+def _size_plot(search: dict[str, Any]) -> str:
+    numbers = search["verdict"]["numbers"]
+    values = [numbers["base_size_bytes"] / MIB, numbers["size_bytes"] / MIB]
+    return plots.bars("Weights on disk", ["bf16", "published"], values, unit="MiB")
+
+
+def _winner(facts: DemoFacts) -> dict[str, Any]:
+    search = _read(facts.search_dir, "search.json")
+    trials = {trial["candidate"]: trial for trial in search["trials"]}
+    return dict(trials[search["winner"]])
+
+
+def _read(folder: str, name: str) -> dict[str, Any]:
+    return dict(json.loads((Path(folder) / name).read_text(encoding="utf-8")))
