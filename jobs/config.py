@@ -153,7 +153,9 @@ class TrainConfig(StrictModel):
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="How fast they move.")
     scaling: ScalingConfig = Field(ScalingConfig(), description="On how many workers.")
     seq_len: int = Field(256, ge=2, description="Tokens of one training sequence.")
-    global_batch_size: int = Field(16, ge=1, description="Sequences per optimizer step, all workers.")
+    global_batch_size: int = Field(
+        16, ge=1, description="Sequences per optimizer step, all workers."
+    )
     micro_batch_size: int = Field(8, ge=1, description="Sequences per forward pass on one worker.")
     max_steps: int = Field(100, ge=1, description="Optimizer steps.")
     precision: Precision = Field("bf16", description="fp32, or bf16 autocast.")
@@ -264,7 +266,9 @@ class SearchConfig(StrictModel):
     @model_validator(mode="after")
     def _check_rungs(self) -> Self:
         if not self.rungs[-1].real:
-            raise ValueError("the last of `rungs` must have real=true, so that the winner is measured")
+            raise ValueError(
+                "the last of `rungs` must have real=true, so that the winner is measured"
+            )
         return self
 
 

@@ -1,0 +1,151 @@
+"""How fast a model decodes and how much memory it holds, with the kernels that serve it.
+
+Takes models; gives milliseconds per decoding step and bytes. It does not know about requests or
+schedulers: this is the model's own speed, every sequence of a batch one token further a step.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from cluster.config import StrictModel
+from jobs.kernels.attention import SlotCache, Span
+from jobs.models.decoder import Decoder
+
+_WARM_UP_STEPS = 2
+
+
+class Latency(StrictModel):
+    """Time of one decoding step of a whole batch, over all steps timed, and the memory held."""
+
+    p50_ms: float
+    p10_ms: float
+    p90_ms: float
+    tokens_per_s: float
+    batch: int
+    context: int
+    steps: int
+    weight_bytes: int
+    cache_bytes: int
+
+
+def decode_latency(
+    model: Decoder,
+    *,
+    batch: int = 1,
+    context: int = 128,
+    tokens: int = 16,
+    repeats: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Latency:
+    """Time `repeats` runs of `tokens` steps, each behind `context` tokens of every sequence."""
+    (measured,) = compare_latency(
+        [model], batch=batch, context=context, tokens=tokens, repeats=repeats, clock=clock
+    )
+    return measured
+
+
+def compare_latency(
+    models: Sequence[Decoder],
+    *,
+    batch: int = 1,
+    context: int = 128,
+    tokens: int = 16,
+    repeats: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Latency]:
+    """Time several models in turns, so that a machine that slows down slows all of them alike.
+
+    `context` + `tokens` must not exceed any model's longest position.
+    """
+    runs = [_DecodeRun(model, batch, context, tokens) for model in models]
+    times_s: list[list[float]] = [[] for _ in runs]
+    with torch.inference_mode():
+        for run in runs:
+            run.prefill()
+            run.decode(min(_WARM_UP_STEPS, tokens), clock)
+        for _ in range(repeats):
+            for run, seconds in zip(runs, times_s, strict=True):
+                seconds.extend(run.decode(tokens, clock))
+    return [run.summary(seconds) for run, seconds in zip(runs, times_s, strict=True)]
+
+
+def resident_bytes(model: Decoder) -> int:
+    """Return the bytes of all weights in memory; a tensor that is shared counts once.
+
+    Packed formats keep their weights in buffers, or in plain tensor attributes where an operator's
+    own layout is opaque; all are counted.
+    """
+    storages = {}
+    for module in model.modules():
+        held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        held += [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
+        for tensor in held:
+            if tensor.layout == torch.strided and tensor.device.type != "meta":
+                storages[_address(tensor)] = tensor.untyped_storage().nbytes()
+            else:
+                storages[id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(storages.values())
+
+
+class _DecodeRun:
+    """One model's cache, filled with `context` random tokens for each sequence of the batch."""
+
+    def __init__(self, model: Decoder, batch: int, context: int, tokens: int) -> None:
+        assert min(batch, context, tokens) >= 1, "batch, context and tokens must be positive"
+        assert context + tokens <= model.config.max_seq_len, (
+            f"{context} + {tokens} tokens exceed max_seq_len={model.config.max_seq_len}"
+        )
+        embedding = model.model.embed_tokens.weight
+        self.model, self.batch, self.context = model, batch, context
+        self.device = embedding.device
+        self.cache = SlotCache(
+            model.config, batch, context + tokens, embedding.dtype, device=self.device
+        )
+        generator = torch.Generator().manual_seed(0)
+        self.prompts_BT = torch.randint(
+            model.config.vocab_size, (batch, context), generator=generator
+        ).to(self.device)
+
+    def prefill(self) -> None:
+        """Fill every slot with its prompt."""
+        positions_1T = torch.arange(self.context, device=self.device)[None]
+        for slot in range(self.batch):
+            attention = self.cache.attention([Span(slot=slot, start=0, length=self.context)])
+            self.model.hidden(self.prompts_BT[slot : slot + 1], positions_1T, attention)
+
+    def decode(self, steps: int, clock: Callable[[], float]) -> list[float]:
+        """Decode `steps` tokens after the prompt, greedily; return the seconds of each step."""
+        tokens_1T = self.prompts_BT[:, -1][None]
+        seconds = []
+        for position in range(self.context, self.context + steps):
+            began = clock()
+            spans = [Span(slot=slot, start=position, length=1) for slot in range(self.batch)]
+            positions_1T = torch.full_like(tokens_1T, position)
+            hidden_1TC = self.model.hidden(tokens_1T, positions_1T, self.cache.attention(spans))
+            tokens_1T = self.model.head(hidden_1TC).argmax(dim=-1)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds.append(clock() - began)
+        return seconds
+
+    def summary(self, seconds: Sequence[float]) -> Latency:
+        """Return the spread of the steps' times."""
+        p10, p50, p90 = np.quantile(np.asarray(seconds) * 1e3, [0.1, 0.5, 0.9])
+        return Latency(
+            p50_ms=float(p50),
+            p10_ms=float(p10),
+            p90_ms=float(p90),
+            tokens_per_s=self.batch * len(seconds) / sum(seconds),
+            batch=self.batch,
+            context=self.context,
+            steps=len(seconds),
+            weight_bytes=resident_bytes(self.model),
+            cache_bytes=self.cache.bytes(),
+        )
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,172 @@
+"""The recipes a search tries: one choice of format and sparsity for every group of layers.
+
+Takes a SearchConfig and the shape of a decoder; gives distinct recipes in the order they are worth
+trying. Pure: it does not know how a recipe is applied or scored.
+
+A group is the attention or the MLP of `layers_per_group` consecutive blocks, because kernels fuse
+q, k and v, and gate and up: they share a choice.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+
+from cluster.errors import ConfigError
+from jobs.compression.recipe import predicted_bytes
+from jobs.config import DecoderConfig, Recipe, SearchConfig, Step
+
+_PARTS = ("self_attn", "mlp")
+_GROUP_SIZES = (128, 64, 32)
+_DENSE = "bf16"
+_WEIGHT_ONLY = "w4a16"
+_RANDOM_TRIES = 50
+
+
+@dataclass(frozen=True, order=True)
+class Group:
+    """Layers that share a choice: one part of the blocks [first, stop)."""
+
+    part: str
+    first: int
+    stop: int
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Patterns over the names of this group's linear layers."""
+        return tuple(
+            f"model.layers.{block}.{self.part}.*" for block in range(self.first, self.stop)
+        )
+
+
+@dataclass(frozen=True, order=True)
+class Choice:
+    """What is done to a group."""
+
+    scheme: str
+    sparsity: float
+
+
+Assignment = Mapping[Group, Choice]
+
+
+def proposals(config: SearchConfig, decoder: DecoderConfig) -> list[Recipe]:
+    """Return at most `num_trials` distinct recipes; the same seed gives the same list.
+
+    First every uniform recipe; then those that can meet the size limit: uniform ones with one part
+    of all blocks changed, with one group changed, and random mixtures; then the same kinds beyond
+    the limit, which show what quality the bytes would buy. Fewer come back if the space is smaller.
+    """
+    if min(config.sparsities) < 0 or max(config.sparsities) >= 1:
+        raise ConfigError(f"`sparsities` = {config.sparsities}: each must be at least 0, below 1.")
+    groups = layer_groups(decoder, config.layers_per_group)
+    choices = sorted({Choice(s, p) for s, p in product(config.schemes, config.sparsities)})
+    generator = random.Random(config.seed)
+    limit_bytes = config.gate.max_size_ratio * predicted_bytes(decoder, Recipe())
+    recipes: list[Recipe] = []
+    beyond: list[Recipe] = []
+    for index, assignment in enumerate(_assignments(groups, choices, generator, config)):
+        if len(recipes) >= config.num_trials:
+            break
+        recipe = build_recipe(assignment, decoder)
+        if recipe in recipes or recipe in beyond:
+            continue
+        is_uniform = index < len(choices)
+        fits = is_uniform or predicted_bytes(decoder, recipe) <= limit_bytes
+        (recipes if fits else beyond).append(recipe)
+    return (recipes + beyond)[: config.num_trials]
+
+
+def layer_groups(decoder: DecoderConfig, layers_per_group: int) -> list[Group]:
+    """Return the groups of a decoder, in order of the blocks."""
+    return [
+        Group(part, first, min(first + layers_per_group, decoder.num_layers))
+        for first in range(0, decoder.num_layers, layers_per_group)
+        for part in _PARTS
+    ]
+
+
+def build_recipe(assignment: Assignment, decoder: DecoderConfig) -> Recipe:
+    """Return the recipe that carries out an assignment: pruning first, then quantization.
+
+    Groups of equal choice share a step, and a step that covers all groups targets `*`.
+    """
+    steps: list[Step] = []
+    for sparsity in sorted({choice.sparsity for choice in assignment.values()} - {0.0}):
+        chosen = [group for group in assignment if assignment[group].sparsity == sparsity]
+        targets = _targets(chosen, assignment)
+        steps.append(Step(method="magnitude", targets=targets, options={"sparsity": sparsity}))
+    for scheme in sorted({choice.scheme for choice in assignment.values()} - {_DENSE}):
+        chosen = [group for group in assignment if assignment[group].scheme == scheme]
+        options: dict[str, object] = {"scheme": scheme}
+        if scheme == _WEIGHT_ONLY:
+            options["group_size"] = _group_size(decoder)
+        steps.append(Step(method="rtn", targets=_targets(chosen, assignment), options=options))
+    return Recipe(steps=tuple(steps))
+
+
+def describe(recipe: Recipe) -> str:
+    """Return a short text for tables: what is done to which part of which blocks."""
+    if not recipe.steps:
+        return _DENSE
+    return "; ".join(
+        f"{_describe_options(step)} {_describe_targets(step)}" for step in recipe.steps
+    )
+
+
+def _assignments(
+    groups: list[Group],
+    choices: list[Choice],
+    generator: random.Random,
+    config: SearchConfig,
+) -> Iterator[Assignment]:
+    for choice in choices:
+        yield dict.fromkeys(groups, choice)
+    if len(choices) < 2:
+        return
+    swaps = [(base, other) for base in choices for other in choices if base != other]
+    for (base, other), part in product(swaps, _PARTS):
+        yield {group: other if group.part == part else base for group in groups}
+    singles = list(product(swaps, groups))
+    generator.shuffle(singles)
+    for (base, other), changed in singles:
+        yield {group: other if group == changed else base for group in groups}
+    for _ in range(_RANDOM_TRIES * config.num_trials):
+        yield {group: generator.choice(choices) for group in groups}
+
+
+def _targets(chosen: list[Group], assignment: Assignment) -> tuple[str, ...]:
+    if len(chosen) == len(assignment):
+        return ("*",)
+    return tuple(target for group in sorted(chosen) for target in group.targets)
+
+
+def _group_size(decoder: DecoderConfig) -> int:
+    inputs = (
+        decoder.hidden_size,
+        decoder.intermediate_size,
+        decoder.num_heads * decoder.resolved_head_dim,
+    )
+    for size in _GROUP_SIZES:
+        if all(features % size == 0 for features in inputs):
+            return size
+    raise ConfigError(
+        f"`schemes` asks for {_WEIGHT_ONLY}, and no group size of {_GROUP_SIZES} divides all of "
+        f"this model's widths {inputs}. Leave {_WEIGHT_ONLY} out of `schemes`."
+    )
+
+
+def _describe_options(step: Step) -> str:
+    if step.method == "magnitude":
+        return f"prune {step.options['sparsity']:.0%}"
+    return str(step.options.get("scheme", step.method))
+
+
+def _describe_targets(step: Step) -> str:
+    if step.targets == ("*",):
+        return "all"
+    blocks: dict[str, list[str]] = {}
+    for target in step.targets:
+        _, _, block, part, _ = target.split(".")
+        blocks.setdefault(part, []).append(block)
+    return ", ".join(f"{part} {'+'.join(numbers)}" for part, numbers in blocks.items())

@@ -1,0 +1,192 @@
+"""Carry out a search's tasks with Ray Tune.
+
+Takes a prepared search and its journal; runs tasks until `rungs.decide` says it is over. It decides
+nothing: our searcher hands Tune the wanted tasks one by one and writes down what comes back. Tune's
+own checkpoints are not used, because the journal is enough to go on from.
+"""
+
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from ray import tune
+from ray.tune.search import Searcher
+from rich.console import Console
+
+import cluster.errors
+from cluster.errors import RaysmithError, SearchError
+from jobs.search.journal import Journal
+from jobs.search.plan import Search
+from jobs.search.rungs import Finish, Result, Task, decide
+from jobs.search.space import describe
+from jobs.search.trial import TrialSpec, run_trial
+
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the journal and search.json hold everything
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search; it goes on from the journal
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "60",
+}
+
+
+def run_tasks(search: Search, journal: Journal) -> Finish:
+    """Run what is left of a search on the connected cluster; return its end.
+
+    A worker that dies is replaced once; a task that fails again counts as that candidate's error.
+    Raises what a trial raised where it was no property of its recipe (damaged files, full disk).
+    """
+    config = search.config
+    os.environ.update(_ENVIRONMENT)
+    queue = TaskQueue(search, journal)
+    attempt = f"attempt-{uuid.uuid4().hex[:8]}"
+    tuner = tune.Tuner(
+        tune.with_resources(_Trial, {"cpu": config.cpus_per_trial}),
+        param_space={"num_threads": max(1, int(config.cpus_per_trial))},
+        tune_config=tune.TuneConfig(
+            search_alg=_QueueSearcher(queue),
+            num_samples=-1,
+            reuse_actors=True,
+            trial_name_creator=_short_name,
+            trial_dirname_creator=_short_name,
+        ),
+        run_config=tune.RunConfig(
+            name=attempt,
+            storage_path=str(search.run_dir / "tune"),
+            failure_config=tune.FailureConfig(max_failures=1),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    return queue.end()
+
+
+class TaskQueue:
+    """Which wanted tasks are running, and where their results go. It knows nothing of Ray."""
+
+    def __init__(
+        self, search: Search, journal: Journal, on_result: Callable[[str], None] | None = None
+    ) -> None:
+        self._search, self._journal = search, journal
+        self._running: dict[str, Task] = {}
+        self._fatal: RaysmithError | None = None
+        self._print = on_result or _print_progress
+
+    def take(self, key: str) -> TrialSpec | None:
+        """Return the next task's spec, or None if none can start now; `key` will name it."""
+        if self.is_over or len(self._running) >= self._search.config.max_concurrent_trials:
+            return None
+        wanted = self._decide()
+        assert not isinstance(wanted, Finish), "a search that is over wants no task"
+        for task in wanted:
+            if task not in self._running.values():
+                self._running[key] = task
+                return self._search.spec(task)
+        return None
+
+    def give(self, key: str, found: Mapping[str, Any] | None) -> None:
+        """Take a task's report: a result, an error that ends the search, or None if it died."""
+        task = self._running.pop(key)
+        if found is None:
+            self._record(task, Result(error="its worker process died, twice"))
+        elif "fatal" in found:
+            self._fatal = getattr(cluster.errors, found["fatal_class"])(found["fatal"])
+        else:
+            self._record(task, Result.model_validate_json(found["result"]))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further task will ever be wanted."""
+        return self._fatal is not None or isinstance(self._decide(), Finish)
+
+    def end(self) -> Finish:
+        """Return the end of the search, or raise the error that ended it."""
+        if self._fatal is not None:
+            raise self._fatal
+        end = self._decide()
+        if not isinstance(end, Finish):
+            raise SearchError(
+                f"the search `{self._search.config.name}` stopped with {len(end)} tasks left. Run "
+                "the same command again: finished trials are kept."
+            )
+        return end
+
+    def _decide(self) -> list[Task] | Finish:
+        search = self._search
+        try:
+            return decide(
+                search.config, len(search.recipes), search.base_bytes, self._journal.results
+            )
+        except SearchError as error:
+            self._fatal = error
+            return Finish(winner=None, verdicts={}, finalists=())
+
+    def _record(self, task: Task, result: Result) -> None:
+        self._journal.record(task, result)
+        stage = "gate" if task.rung == len(self._search.config.rungs) else f"rung {task.rung}"
+        quality = result.error or f"loss {sum(result.losses) / len(result.losses):.4f}"
+        self._print(
+            f"{stage}: {describe(self._search.recipes[task.candidate])}: {quality}, "
+            f"{result.size_bytes:,} bytes, {result.seconds:.1f} s"
+        )
+
+
+class _QueueSearcher(Searcher):
+    """Tune's view of the queue."""
+
+    def __init__(self, queue: TaskQueue) -> None:
+        super().__init__()
+        self._queue = queue
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the next trial's parameters, None to wait, or FINISHED."""
+        if self._queue.is_over:
+            return str(Searcher.FINISHED)
+        spec = self._queue.take(trial_id)
+        return None if spec is None else {"spec": spec.model_dump_json()}
+
+    def on_trial_complete(
+        self,
+        trial_id: str,
+        result: dict[str, Any] | None = None,
+        error: bool = False,  # noqa: FBT001 - Ray Tune's signature
+    ) -> None:
+        """Hand a trial's report to the queue."""
+        self._queue.give(trial_id, None if error else result)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Keep nothing: the journal holds the state."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Keep nothing: the journal holds the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing: the journal holds the state."""
+
+
+class _Trial(tune.Trainable):
+    """One task in a worker process, which then takes the next one."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        torch.set_num_threads(config["num_threads"])
+        self._spec = TrialSpec.model_validate_json(config["spec"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.setup(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        try:
+            found = {"result": run_trial(self._spec).model_dump_json()}
+        except RaysmithError as error:
+            found = {"fatal_class": type(error).__name__, "fatal": error.message}
+        return {**found, "done": True}
+
+
+def _short_name(trial: Any) -> str:
+    return f"trial_{trial.trial_id}"
+
+
+def _print_progress(line: str) -> None:
+    Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
