@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.errors import ClusterError, ConfigError
+from cluster.errors import ConfigError
 from cluster.session import (
     HeadConfig,
     Session,
@@ -111,7 +111,9 @@ def status(json: Json = False) -> int:
 @app.command()
 def down(
     name: Name = "default",
-    all_sessions: Annotated[bool, typer.Option("--all", help="Every cluster started here.")] = False,
+    all_sessions: Annotated[
+        bool, typer.Option("--all", help="Every cluster started here.")
+    ] = False,
 ) -> int:
     """Stop a local cluster and every process it started."""
 
@@ -193,7 +195,7 @@ def submit(
     name: Name = "default",
     wait: Annotated[bool, typer.Option(help="Follow the log until the job ends.")] = True,
 ) -> int:
-    """Submit a job to the cluster, as `ray job submit --working-dir . -- python -m jobs.JOB` does."""
+    """Submit a job, as `ray job submit --working-dir . -- python -m jobs.JOB` does."""
     from jobs.submit import submit_job
 
     outcome: list[int] = []

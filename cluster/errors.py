@@ -4,7 +4,7 @@ Takes nothing; gives the classes. It does not know how an error is shown: the co
 gateway render them once, at their edge.
 
     RaysmithError                     exit_code 1: the run failed
-    ├── UserError                     exit_code 2: the input is wrong, nothing was started or lost
+    ├── UserError                     exit_code 2: the input is wrong; nothing is lost
     │   ├── ConfigError               unknown key, wrong type, value out of bounds, contradicting values
     │   ├── DataError                 missing, empty, unreadable or too short data
     │   ├── TokenizerError            a tokenizer that does not fit the model or cannot be trained

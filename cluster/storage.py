@@ -106,7 +106,7 @@ def staged_directory(
     Raises VersionExistsError if `target` exists and `replace` is false.
     """
     if target.exists() and not replace:
-        raise VersionExistsError(f"{target} exists and is never overwritten. Choose another name.")
+        raise _exists(target)
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     with storage_errors(f"writing {target}"):
         staging.mkdir(parents=True)
@@ -138,11 +138,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ModelFormatError(f"{directory} has no {MANIFEST}: it was not published whole.") from None
+        raise ModelFormatError(
+            f"{directory} has no {MANIFEST}: it was not published whole."
+        ) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise IntegrityError(f"{path} is damaged: {error}. Restore it or publish again.") from None
     if not isinstance(document, dict) or document.get("self_sha256") != _self_digest(document):
-        raise IntegrityError(f"{path} is damaged: its own digest differs. Restore it or publish again.")
+        raise IntegrityError(
+            f"{path} is damaged: its own digest differs. Restore it or publish again."
+        )
     return document
 
 
@@ -189,6 +193,10 @@ def storage_errors(action: str) -> Iterator[None]:
         raise StorageError(f"{action} failed: {error}. {remedy}".strip()) from error
 
 
+def _exists(target: Path) -> VersionExistsError:
+    return VersionExistsError(f"{target} exists and is never overwritten. Choose another name.")
+
+
 def _self_digest(document: Mapping[str, Any]) -> str:
     body = {key: value for key, value in document.items() if key != "self_sha256"}
     return digest_bytes(json.dumps(body, sort_keys=True).encode())
@@ -197,7 +205,7 @@ def _self_digest(document: Mapping[str, Any]) -> str:
 def _rename_into_place(staging: Path, target: Path, *, replace: bool) -> None:
     if target.exists():
         if not replace:
-            raise VersionExistsError(f"{target} exists and is never overwritten. Choose another name.")
+            raise _exists(target)
         old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
         target.rename(old)
         staging.rename(target)

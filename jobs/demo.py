@@ -11,12 +11,11 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from openai import OpenAI
 from rich.console import Console
 
@@ -65,7 +64,7 @@ def run_demo(*, keep: bool, make_key: Callable[[Path, str], str]) -> None:
         }
         jobs = _job_list(session)
         facts = _ask(session, config, key, stage_seconds)
-        facts = facts.replace(total_s=time.monotonic() - began_s, jobs=jobs)
+        facts = facts.replace(total_s=time.monotonic() - began_s, jobs=tuple(jobs))
         write_json(out / "facts.json", facts.model_dump(mode="json"))
         report = write_report(out, facts)
         Console().print(table(facts))
@@ -204,5 +203,7 @@ def _require_exact(parity: ParityReport, whole: str, streamed: str) -> None:
 def _print_addresses(session: Session, key: str) -> None:
     console = Console()
     console.print(f"gateway    {session.serve_url}/v1   key {key}", soft_wrap=True)
-    console.print(f"dashboard  {session.dashboard_url}   token in {session.token_path}", soft_wrap=True)
+    console.print(
+        f"dashboard  {session.dashboard_url}   token in {session.token_path}", soft_wrap=True
+    )
     console.print("stop it with `make down`")

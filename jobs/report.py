@@ -30,7 +30,7 @@ class DemoFacts(StrictModel):
     train_dir: str
     search_dir: str
     total_s: float = 0.0
-    jobs: list[dict[str, str]] = []
+    jobs: tuple[dict[str, str], ...] = ()
 
 
 class Row(StrictModel):

@@ -28,7 +28,7 @@ def entrypoint(job: str, arguments: Sequence[str]) -> str:
 
 
 def submit_job(session: Session, job: str, arguments: Sequence[str], *, wait: bool) -> int:
-    """Submit a job; with `wait` copy its log to standard error and return 0 if it succeeded, else 1.
+    """Submit a job; with `wait` copy its log to standard error and return 0 if it succeeded.
 
     The submission id is printed to standard output first, so that scripts can use it.
     """

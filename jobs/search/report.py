@@ -156,7 +156,7 @@ def _point(row: TrialRow) -> Point:
 
 
 def _nearest(end: Finish) -> Verdict | None:
-    """Return the verdict with the fewest broken limits, the first of them in order of preference."""
+    """Return the verdict with the fewest broken limits, the first shown to the gate of equals."""
     return min(end.verdicts.values(), key=lambda verdict: len(verdict.reasons), default=None)
 
 
