@@ -1,0 +1,410 @@
+"""The decoder against transformers, its files in both directions, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from cluster.errors import ModelFormatError
+from jobs.config import DecoderConfig, RopeScaling
+from jobs.models import _hf, decoder
+
+TOLERANCE = 1e-4
+TINY = DecoderConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    max_seq_len=64,
+    initializer_range=0.3,
+)
+LLAMA3 = RopeScaling(
+    kind="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_seq_len=16,
+)
+VARIANTS = {
+    "llama": TINY,
+    "llama-untied": TINY.replace(tie_embeddings=False),
+    "llama-all-heads": TINY.replace(num_kv_heads=4),
+    "llama-one-kv-head": TINY.replace(num_kv_heads=1, rope_theta=500_000.0),
+    "llama-head-dim": TINY.replace(head_dim=16),
+    "llama-linear": TINY.replace(rope_scaling=RopeScaling(kind="linear", factor=4.0)),
+    "llama-llama3": TINY.replace(rope_scaling=LLAMA3, norm_eps=1e-6),
+    "qwen2": TINY.replace(shape="qwen2"),
+    "qwen2-window": TINY.replace(shape="qwen2", sliding_window=5, tie_embeddings=False),
+    "qwen2-head-dim": TINY.replace(shape="qwen2", head_dim=16),
+    "qwen3": TINY.replace(shape="qwen3"),
+    "qwen3-head-dim": TINY.replace(shape="qwen3", head_dim=20, hidden_size=36, num_heads=8),
+    "qwen3-window": TINY.replace(shape="qwen3", sliding_window=7, tie_embeddings=False),
+    "mistral": TINY.replace(shape="mistral", tie_embeddings=False),
+    "mistral-window": TINY.replace(shape="mistral", sliding_window=3),
+    "mistral-head-dim": TINY.replace(shape="mistral", head_dim=6),
+}
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 97, shape, generator=torch.Generator().manual_seed(1))
+
+
+def randomized(config: DecoderConfig) -> decoder.Decoder:
+    """A decoder whose norms and biases are random too, so that a test sees them."""
+    model = decoder.build(config, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm.weight", ".bias")):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def load_reference(directory: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / _hf.CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    decoder.save(randomized(TINY), tmp_path / "model", dtype=torch.float32)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+@torch.no_grad()
+def test_logits_when_transformers_loads_what_we_save_are_equal(
+    config: DecoderConfig, tmp_path: Path
+) -> None:
+    model = randomized(config)
+    decoder.save(model, tmp_path, dtype=torch.float32)
+    reference = load_reference(tmp_path)
+    assert type(reference).__name__ == _hf.ARCHITECTURES[config.shape]
+    expected = reference(tokens(2, 33)).logits
+    assert expected.std() > 0.3
+    torch.testing.assert_close(model(tokens(2, 33)), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+@torch.no_grad()
+def test_logits_when_we_load_what_transformers_saves_are_equal(
+    config: DecoderConfig, tmp_path: Path
+) -> None:
+    decoder.save(randomized(config), tmp_path / "ours", dtype=torch.float32)
+    reference = load_reference(tmp_path / "ours")
+    reference.save_pretrained(tmp_path / "theirs")
+    model = decoder.load(tmp_path / "theirs")
+    assert model.config == config.replace(head_dim=config.resolved_head_dim)
+    torch.testing.assert_close(
+        model(tokens(2, 33)), reference(tokens(2, 33)).logits, atol=TOLERANCE, rtol=0
+    )
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen2", "qwen3", "mistral"])
+def test_state_dict_when_compared_to_transformers_has_the_same_keys_and_shapes(
+    shape: str, tmp_path: Path
+) -> None:
+    model = decoder.build(VARIANTS[shape], seed=0)
+    decoder.save(model, tmp_path)
+    expected = {
+        name: tensor.shape for name, tensor in load_reference(tmp_path).state_dict().items()
+    }
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == expected
+
+
+@torch.no_grad()
+def test_bfloat16_when_loaded_by_both_stays_near_transformers(tmp_path: Path) -> None:
+    decoder.save(decoder.build(TINY.replace(initializer_range=0.1), seed=0), tmp_path)
+    model = decoder.load(tmp_path, torch.bfloat16)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert reference.dtype == torch.bfloat16
+    logits = model(tokens(2, 20))
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, reference(tokens(2, 20)).logits.float(), atol=0.05, rtol=0)
+
+
+@torch.no_grad()
+def test_positions_when_given_shift_the_rotation_as_in_transformers(saved: Path) -> None:
+    positions = torch.arange(20, 30)[None]
+    expected = load_reference(saved)(tokens(1, 10), position_ids=positions).logits
+    found = decoder.load(saved)(tokens(1, 10), positions)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_forward_when_split_into_hidden_and_head_is_the_same(saved: Path) -> None:
+    model = decoder.load(saved)
+    hidden = model.hidden(tokens(2, 9))
+    assert hidden.shape == (2, 9, TINY.hidden_size)
+    torch.testing.assert_close(model.head(hidden[:, -1]), model(tokens(2, 9))[:, -1])
+
+
+def gradients(model: torch.nn.Module, *, is_bfloat16: bool) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16):
+        output = model(tokens(2, 40))
+        logits = output if isinstance(output, torch.Tensor) else output.logits
+    flat = logits.float().flatten(0, 1)
+    torch.nn.functional.cross_entropy(flat, tokens(2, 40).flatten()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradients_when_in_float32_equal_those_of_transformers(saved: Path) -> None:
+    found = gradients(decoder.load(saved), is_bfloat16=False)
+    expected = gradients(load_reference(saved), is_bfloat16=False)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-3)
+
+
+def test_gradients_when_in_bfloat16_are_about_as_exact_as_those_of_transformers(
+    saved: Path,
+) -> None:
+    model, reference = decoder.load(saved), load_reference(saved)
+    exact = gradients(model, is_bfloat16=False)
+    ours, theirs = gradients(model, is_bfloat16=True), gradients(reference, is_bfloat16=True)
+    for name, gradient in exact.items():
+        our_error, their_error = (ours[name] - gradient).norm(), (theirs[name] - gradient).norm()
+        assert our_error <= 2 * their_error, f"{name}: {our_error} against {their_error}"
+
+
+def test_build_when_seed_is_equal_gives_equal_weights_and_otherwise_not() -> None:
+    first, second, other = (decoder.build(TINY, seed) for seed in (5, 5, 6))
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(first.state_dict()[name], second.state_dict()[name])
+    assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+
+
+def test_build_when_fresh_predicts_uniformly_with_scaled_residual_layers() -> None:
+    model = decoder.build(TINY.replace(hidden_size=128, num_layers=8, initializer_range=0.02), 0)
+    block = model.model.layers[0]
+    assert block.self_attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.1)
+    assert model(tokens(1, 30)).detach().std() < 0.5
+
+
+def test_linear_names_when_asked_are_huggingface_names_in_order_without_head() -> None:
+    names = decoder.linear_names(decoder.build(TINY, seed=0))
+    assert len(names) == 7 * TINY.num_layers
+    assert names[0] == "model.layers.0.self_attn.q_proj"
+    assert names[-1] == "model.layers.2.mlp.down_proj"
+
+
+def test_save_when_weights_exceed_a_shard_writes_shards_that_both_load(tmp_path: Path) -> None:
+    model = randomized(TINY.replace(tie_embeddings=False))
+    decoder.save(model, tmp_path, dtype=torch.float32, max_shard_bytes=20_000)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(shards) > 2
+    assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.parameters())
+    assert {shard.name for shard in shards} == set(index["weight_map"].values())
+    with torch.no_grad():
+        expected = model(tokens(1, 12))
+        torch.testing.assert_close(decoder.load(tmp_path)(tokens(1, 12)), expected)
+        found = load_reference(tmp_path)(tokens(1, 12)).logits
+        torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_save_when_tied_stores_the_embedding_once_in_bfloat16(tmp_path: Path) -> None:
+    decoder.save(decoder.build(TINY, seed=0), tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        names = list(file.keys())
+        dtypes = {file.get_tensor(name).dtype for name in names}
+    assert "lm_head.weight" not in names
+    assert dtypes == {torch.bfloat16}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_save_when_tokens_are_set_writes_generation_config(tmp_path: Path) -> None:
+    decoder.save(decoder.build(TINY.replace(bos_token_id=1, eos_token_id=2), seed=0), tmp_path)
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert (generation.bos_token_id, generation.eos_token_id) == (1, 2)
+    assert _hf.stop_token_ids(tmp_path) == (2,)
+
+
+def test_load_when_the_tied_head_is_stored_too_accepts_only_an_equal_one(saved: Path) -> None:
+    state = load_file(saved / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, saved / "model.safetensors")
+    model = decoder.load(saved)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    state["lm_head.weight"][0, 0] += 1.0
+    save_file(state, saved / "model.safetensors")
+    with pytest.raises(ModelFormatError, match=r"lm_head\.weight differs"):
+        decoder.load(saved)
+
+
+def test_load_when_old_files_hold_rotary_frequencies_ignores_them(saved: Path) -> None:
+    state = load_file(saved / "model.safetensors")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    save_file(state, saved / "model.safetensors")
+    assert decoder.load(saved).config.num_layers == TINY.num_layers
+
+
+def drop(state: dict[str, torch.Tensor]) -> None:
+    del state["model.layers.1.mlp.up_proj.weight"]
+
+
+def add(state: dict[str, torch.Tensor]) -> None:
+    state["model.layers.9.mlp.up_proj.weight"] = torch.zeros(2, 2)
+
+
+def reshape(state: dict[str, torch.Tensor]) -> None:
+    state["model.norm.weight"] = torch.zeros(5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop, r"lacks the weights `model\.layers\.1\.mlp\.up_proj\.weight`"),
+        (add, r"holds weights `model\.layers\.9"),
+        (reshape, r"`model\.norm\.weight` has shape \[5\], and the config asks for \[32\]"),
+    ],
+)
+def test_load_when_tensors_do_not_match_the_config_names_the_tensor(
+    saved: Path, change: Any, message: str
+) -> None:
+    state = load_file(saved / "model.safetensors")
+    change(state)
+    save_file(state, saved / "model.safetensors")
+    with pytest.raises(ModelFormatError, match=message):
+        decoder.load(saved)
+
+
+def test_load_when_files_are_damaged_or_absent_says_which(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(ModelFormatError, match=r"not a model directory: it has no config\.json"):
+        decoder.load(tmp_path / "nowhere")
+    (saved / "model.safetensors").write_bytes(b"\x00" * 64)
+    with pytest.raises(ModelFormatError, match="not a readable safetensors file"):
+        decoder.load(saved)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ModelFormatError, match="convert the weights to safetensors"):
+        decoder.load(saved)
+    (saved / "config.json").write_text("{")
+    with pytest.raises(ModelFormatError, match="cannot be read"):
+        decoder.load(saved)
+    (saved / "config.json").write_text("[]")
+    with pytest.raises(ModelFormatError, match="holds a list"):
+        decoder.load(saved)
+
+
+def test_load_when_an_index_names_an_absent_or_outside_shard_is_refused(tmp_path: Path) -> None:
+    decoder.save(decoder.build(TINY, seed=0), tmp_path / "m", max_shard_bytes=10_000)
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    (tmp_path / "outside.safetensors").write_bytes(b"")
+    for shard in ("../outside.safetensors", "model-9.safetensors"):
+        name = next(iter(document["weight_map"]))
+        changed = {**document, "weight_map": {**document["weight_map"], name: shard}}
+        index.write_text(json.dumps(changed))
+        with pytest.raises(ModelFormatError, match="which is not in the folder"):
+            decoder.load(tmp_path / "m")
+    shards = sorted(set(document["weight_map"].values()))
+    swapped = {name: shards[0] for name in document["weight_map"]}
+    index.write_text(json.dumps({**document, "weight_map": swapped}))
+    with pytest.raises(ModelFormatError, match="promises"):
+        decoder.load(tmp_path / "m")
+
+
+def test_load_when_the_model_is_quantized_asks_for_the_dense_one(saved: Path) -> None:
+    edit_config(saved, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ModelFormatError, match="quantized"):
+        decoder.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GemmaForCausalLM"]}, "architecture `GemmaForCausalLM`"),
+        ({"architectures": None, "model_type": "gpt2"}, "architecture `gpt2`"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rotary scaling `yarn`"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ by layer"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor"),
+        ({"hidden_act": "gelu"}, "`hidden_act` = 'gelu'"),
+        ({"attention_bias": True}, "`attention_bias` = True"),
+        ({"mlp_bias": True}, "`mlp_bias` = True"),
+        ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor` = 0.5"),
+        ({"hidden_size": None}, "lacks `hidden_size`"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_kv_heads=3"),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "use_sliding_window": True,
+                "sliding_window": 4,
+                "max_window_layers": 1,
+            },
+            "2 of 3 layers",
+        ),
+    ],
+)
+def test_load_when_the_config_asks_for_what_is_not_computed_names_it(
+    saved: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit_config(saved, **changes)
+    with pytest.raises(ModelFormatError, match=message):
+        decoder.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TINY.replace(sliding_window=4), "sliding_window=4 has no place in the llama layout"),
+        (TINY.replace(hidden_size=34, head_dim=8), "hidden_size=34"),
+    ],
+)
+def test_build_when_transformers_could_not_read_the_result_is_refused(
+    config: DecoderConfig, message: str
+) -> None:
+    with pytest.raises(ModelFormatError, match=message):
+        decoder.build(config, seed=0)
+
+
+def test_from_hf_config_when_keys_are_left_out_takes_the_familys_defaults() -> None:
+    document = _hf.to_hf_config(TINY)
+    sparse = {key: document[key] for key in (*_hf._REQUIRED, "model_type")}
+    assert not _hf.from_hf_config(sparse).tie_embeddings
+    assert _hf.from_hf_config(sparse).num_kv_heads == TINY.num_heads
+    assert _hf.from_hf_config({**sparse, "model_type": "mistral"}).sliding_window == 4096
+    assert _hf.from_hf_config({**sparse, "model_type": "qwen3"}).resolved_head_dim == 128
+
+
+def test_from_hf_config_when_several_end_tokens_warns_and_keeps_the_first(saved: Path) -> None:
+    edit_config(saved, eos_token_id=[5, 6])
+    with pytest.warns(UserWarning, match=r"end tokens \[5, 6\]"):
+        assert _hf.from_hf_config(_hf.read_config(saved)).eos_token_id == 5
+    (saved / _hf.GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": [5, 6]}))
+    assert _hf.stop_token_ids(saved) == (5, 6)
+
+
+def test_from_hf_config_when_dropout_is_set_warns_that_it_is_ignored() -> None:
+    document = {**_hf.to_hf_config(TINY), "attention_dropout": 0.1}
+    with pytest.warns(UserWarning, match="attention_dropout=0.1 is ignored"):
+        _hf.from_hf_config(document)
+
+
+def test_half_precision_when_cast_keeps_rotary_frequencies_in_float32() -> None:
+    model = decoder.build(TINY, seed=0).to(torch.bfloat16)
+    assert model.rotary.frequencies_D.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo looks, and hides it.
+def test_compile_when_applied_to_each_block_makes_one_graph_for_all() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = decoder.build(TINY, seed=0)
+    expected = model(tokens(2, 16))
+    for block in model.model.layers:
+        block.compile(backend="aot_eager")
+    torch.testing.assert_close(model(tokens(2, 16)), expected, atol=1e-5, rtol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
