@@ -1,0 +1,105 @@
+"""API keys in a file that only its owner can read: made once, kept as digests, checked per request.
+
+Takes a path; gives the name behind a key. It does not know HTTP. A line is `name:sha256`; keys are
+256 random bits, so a plain digest cannot be turned back.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+import stat
+import uuid
+from pathlib import Path
+
+from cluster.errors import ConfigError
+from cluster.storage import check_name, storage_errors
+
+_PREFIX = "rs-"
+_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*):([0-9a-f]{64})")
+_Stamp = tuple[int, int, int]
+
+
+class KeyRing:
+    """The keys of one file; a changed file is read again, so a removed key stops at once."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file. Raises ConfigError if it is missing, open to others, wrong or empty."""
+        self._path = path
+        self._stamp = _stamp(path)
+        self._names = _read(path)
+
+    def owner(self, key: str) -> str | None:
+        """Return the name behind a key, or None if there is no such key."""
+        stamp = _stamp(self._path)
+        if stamp != self._stamp:
+            self._names = _read(self._path)
+            self._stamp = stamp
+        return self._names.get(_digest(key))
+
+
+def make_key(path: Path, name: str) -> str:
+    """Add a new key to the file, made with mode 0600 if need be, and return it: it is kept nowhere.
+
+    Raises ConfigError if the name is not allowed or already there.
+    """
+    check_name(name, "key name")
+    existing = path.read_text(encoding="utf-8") if path.exists() else ""
+    if path.exists() and name in _read(path).values():
+        raise ConfigError(f"{path} has a key `{name}`. Choose another name, or remove its line.")
+    key = _PREFIX + secrets.token_urlsafe(32)
+    separator = "" if not existing or existing.endswith("\n") else "\n"
+    _write_private(path, f"{existing}{separator}{name}:{_digest(key)}\n")
+    return key
+
+
+def _read(path: Path) -> dict[str, str]:
+    """Return names by digest."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ConfigError(
+            f"{path} has mode {mode:04o}, so others can read or change it. Run: chmod 600 {path}"
+        )
+    names: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = _LINE.fullmatch(line.strip())
+        if match is None:
+            raise ConfigError(f"{path}, line {number}: expected name:sha256 in hexadecimal.")
+        if match[1] in names.values():
+            raise ConfigError(f"{path}, line {number}: a second key `{match[1]}`.")
+        names[match[2]] = match[1]
+    if not names:
+        raise ConfigError(f"{path} has no keys. Make one with `raysmith keys new`.")
+    return names
+
+
+def _stamp(path: Path) -> _Stamp:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ConfigError(
+            f"the file of API keys {path} cannot be read: {error.strerror}. "
+            "Make one with `raysmith keys new`."
+        ) from None
+    return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def _write_private(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with storage_errors(f"writing {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
