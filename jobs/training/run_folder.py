@@ -1,0 +1,103 @@
+"""The folder of one run: who may write to it, and whether a config may go on in it.
+
+Takes a TrainConfig and a folder; gives a lock and an identity. It does not know what is trained.
+
+Layout: config.yaml, data/, checkpoints/, model/, tensorboard/, metrics.jsonl, plan.json,
+summary.json, ray/.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.errors import TrainingError
+from cluster.storage import check_name, resolve_output, storage_errors, write_atomic
+from jobs.config import TrainConfig
+
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+PLAN_FILE = "plan.json"
+DATA_FOLDER = "data"
+CHECKPOINTS_FOLDER = "checkpoints"
+MODEL_FOLDER = "model"
+RAY_FOLDER = "ray"
+
+# What may change between two attempts: it decides how a run is carried out, not what it computes.
+_CHANGEABLE: dict[str, Any] = {
+    "name": True,
+    "output_dir": True,
+    "scaling": True,
+    "micro_batch_size": True,
+    "compile": True,
+    "log_every_steps": True,
+    "eval_every_steps": True,
+    "eval_sequences": True,
+    "checkpoint_every_steps": True,
+    "checkpoints_kept": True,
+    "data": {"num_processes"},
+}
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """Return the folder of a run; ConfigError if its name is no safe folder name."""
+    return resolve_output(config.output_dir) / check_name(config.name, "run name")
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """Return, by dotted key, every value that must stay the same while a run is resumed."""
+    return dict(_flatten(config.model_dump(mode="json", exclude=_CHANGEABLE), ""))
+
+
+def write_config(config: TrainConfig, run_dir: Path) -> None:
+    """Record the config of the current attempt."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    write_atomic(run_dir / CONFIG_FILE, text.encode())
+
+
+@contextmanager
+def exclusive(
+    path: Path, *, timeout_s: float, clock: Callable[[], float] = time.monotonic
+) -> Iterator[None]:
+    """Hold a lock file that the system frees when this process ends, however it ends.
+
+    Raises TrainingError if another process holds it for `timeout_s`.
+    """
+    with storage_errors(f"locking {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    with file:
+        deadline = clock() + timeout_s
+        while not _try_lock(file.fileno()):
+            if clock() >= deadline:
+                file.seek(0)
+                raise TrainingError(
+                    f"another process ({file.read().strip() or 'unknown'}) is training in "
+                    f"{path.parent}. Wait for it, end it, or choose another `name`."
+                )
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
