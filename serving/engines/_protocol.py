@@ -32,19 +32,26 @@ class GenerateRequest(StrictModel):
 
     prompt_tokens: tuple[int, ...] = Field(min_length=1, description="Token ids of the prompt.")
     max_tokens: int | None = Field(
-        None, ge=1, description="Most tokens to generate; unset: up to the context's end."
+        default=None, ge=1, description="Most tokens to generate; unset: up to the context's end."
     )
-    temperature: float = Field(1.0, ge=0, le=2, description="0 picks the likeliest token.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Smallest set of this probability.")
-    top_k: int | None = Field(None, ge=1, description="Only this many likeliest tokens.")
-    seed: int | None = Field(None, description="Makes sampling repeatable.")
+    temperature: float = Field(default=1.0, ge=0, le=2, description="0 picks the likeliest token.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Smallest set of this probability.")
+    top_k: int | None = Field(default=None, ge=1, description="Only this many likeliest tokens.")
+    seed: int | None = Field(default=None, description="Makes sampling repeatable.")
     stop: tuple[StopString, ...] = Field(
-        (), max_length=MAX_STOP_STRINGS, description="Texts that end the sequence; not returned."
+        default=(),
+        max_length=MAX_STOP_STRINGS,
+        description="Texts that end the sequence; not returned.",
     )
     num_logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="Alternatives reported a token; unset: none."
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Alternatives reported a token; unset: none.",
     )
-    ignore_eos: bool = Field(False, description="Go on after an end token (for benchmarks).")
+    ignore_eos: bool = Field(
+        default=False, description="Go on after an end token (for benchmarks)."
+    )
 
 
 @dataclass(frozen=True)

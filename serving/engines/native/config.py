@@ -10,21 +10,24 @@ from cluster.config import StrictModel
 class EngineConfig(StrictModel):
     """How much the native engine runs at a time, and in which precision."""
 
-    max_slots: int = Field(16, ge=1, le=1024, description="Sequences that run at a time.")
+    max_slots: int = Field(default=16, ge=1, le=1024, description="Sequences that run at a time.")
     max_len: int = Field(
-        4096,
+        default=4096,
         ge=2,
         description="Tokens of one sequence, prompt included; the model's limit holds too.",
     )
     max_batch_tokens: int = Field(
-        512, ge=1, description="Tokens of one pass: one a running sequence, the rest new prompts."
+        default=512,
+        ge=1,
+        description="Tokens of one pass: one a running sequence, the rest new prompts.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Type of activations and cache; auto: float32 on CPU, bfloat16 on CUDA."
+        default="auto",
+        description="Type of activations and cache; auto: float32 on CPU, bfloat16 on CUDA.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: CUDA if there is one."
+        default="auto", description="auto: CUDA if there is one."
     )
     num_threads: int | None = Field(
-        None, ge=1, description="Threads of one operator on CPU; unset: as torch decides."
+        default=None, ge=1, description="Threads of one operator on CPU; unset: as torch decides."
     )
