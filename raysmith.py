@@ -301,9 +301,12 @@ def new_key(
     file: Annotated[str, typer.Option(help="File of API keys.")] = "runs/api-keys",
 ) -> int:
     """Make an API key; it is shown once, only its digest is kept."""
-    from serving.gateway.auth import add_key
+    from serving.gateway.auth import make_key
 
-    return guard(lambda: sys.stdout.write(add_key(resolve_output(file), owner) + "\n") and None)
+    def action() -> None:
+        sys.stdout.write(make_key(resolve_output(file), owner) + "\n")
+
+    return guard(action)
 
 
 @app.command()
@@ -312,9 +315,9 @@ def demo(
 ) -> int:
     """Train, shrink, publish and serve a small model, and write runs/demo/report.html."""
     from jobs.demo import run_demo
-    from serving.gateway.auth import add_key
+    from serving.gateway.auth import make_key
 
-    return guard(lambda: run_demo(keep=keep, make_key=add_key))
+    return guard(lambda: run_demo(keep=keep, make_key=make_key))
 
 
 # --- shared ------------------------------------------------------------------------------------
