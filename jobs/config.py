@@ -295,7 +295,9 @@ class PublishConfig(StrictModel):
     model: str | None = Field(
         None, description="Directory to publish; unset: the pipeline gives its winner."
     )
-    version: str | None = Field(None, description="Version; unset: the next number.")
+    version: str | None = Field(
+        None, coerce_numbers_to_str=True, description="Version; unset: the next number."
+    )
     promote: bool = Field(True, description="Point name@production to it.")
 
 

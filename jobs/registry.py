@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import Field
 
 from cluster.config import StrictModel
-from cluster.errors import ConfigError, ModelNotFoundError, VersionExistsError
+from cluster.errors import ConfigError, IntegrityError, ModelNotFoundError, VersionExistsError
 from cluster.storage import (
     MANIFEST,
     check_name,
@@ -194,11 +194,17 @@ class Registry:
         return self.root / name / "aliases.json"
 
     def _entry(self, name: str, version: str, manifest: Mapping[str, Any]) -> Entry:
+        path = self.root / name / version
+        if (manifest.get("name"), manifest.get("version")) != (name, version):
+            raise IntegrityError(
+                f"{path} holds {manifest.get('name')}@{manifest.get('version')}: it was not "
+                "published here. Move it back, or publish it under this name."
+            )
         aliases: Aliases = read_aliases(self._aliases_path(name))
         return Entry(
             name=name,
             version=version,
-            path=self.root / name / version,
+            path=path,
             digest=manifest["self_sha256"],
             size_bytes=sum(file["size_bytes"] for file in manifest["files"].values()),
             published_at=manifest.get("published_at", ""),

@@ -21,12 +21,17 @@ _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
 
 
 def sequence_losses(
-    model: Decoder, sequences: NDArray[np.int64], batch_size: int = 8
+    model: Decoder,
+    sequences: NDArray[np.int64],
+    batch_size: int = 8,
+    *,
+    logits_at_once: int = _LOGITS_AT_ONCE,
 ) -> NDArray[np.float64]:
     """Return the mean cross entropy of every sequence, in nats per token.
 
     `sequences` is [N, T+1] token ids: the first T are the input, the last T what is predicted.
-    The result is [N]; its mean is the log of the perplexity.
+    The result is [N]; its mean is the log of the perplexity. At most `logits_at_once` logits are
+    in memory at a time.
     """
     assert sequences.ndim == 2, f"expected [N, T+1] token ids, found shape {sequences.shape}"
     assert sequences.shape[1] >= 2, "a sequence needs an input and a target"
@@ -35,7 +40,7 @@ def sequence_losses(
     with torch.inference_mode():
         for start in range(0, len(sequences), batch_size):
             rows = torch.from_numpy(np.ascontiguousarray(sequences[start : start + batch_size]))
-            losses.append(_batch_losses(model, rows.to(device, torch.long)))
+            losses.append(_batch_losses(model, rows.to(device, torch.long), logits_at_once))
     return torch.cat(losses).cpu().numpy()
 
 
@@ -63,12 +68,12 @@ def greedy_reference(
     return answer
 
 
-def _batch_losses(model: Decoder, rows: Tensor) -> Tensor:
+def _batch_losses(model: Decoder, rows: Tensor, logits_at_once: int) -> Tensor:
     # B batch, T tokens, C hidden, N = B * T
     hidden_BTC = model.hidden(rows[:, :-1])
     hidden_NC = hidden_BTC.flatten(0, 1)
     targets_N = rows[:, 1:].flatten()
-    chunk = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
+    chunk = max(1, logits_at_once // model.config.vocab_size)
     pieces = [
         cross_entropy(
             model.head(hidden_NC[i : i + chunk]).float(), targets_N[i : i + chunk], reduction="none"

@@ -63,6 +63,18 @@ class SearchOutcome(StrictModel):
     verdict: Verdict | None
     why: str
 
+    def summary(self) -> dict[str, Any]:
+        """Return the values to print."""
+        return {
+            "search": str(self.run_dir / "search.json"),
+            "trials": len(self.trials),
+            "rungs": self.num_rungs,
+            "winner": None if self.winner is None else self.trials[self.winner].summary,
+            "model": None if self.winner_path is None else str(self.winner_path),
+            "why": self.why,
+            **(self.verdict.numbers if self.verdict is not None else {}),
+        }
+
 
 def summarise(search: Search, results: Results, end: Finish) -> SearchOutcome:
     """Return the outcome; the front is taken among the candidates of the last rung."""

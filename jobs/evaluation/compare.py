@@ -1,0 +1,180 @@
+"""Measure one model beside the dense one it came from, with the kernels that serve it, and judge.
+
+Takes an EvaluateConfig; gives an Evaluation and, if asked, writes the verdict into the model's
+manifest. It does not know why the model is evaluated or who publishes it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.config import StrictModel
+from cluster.errors import ConfigError, ModelFormatError
+from cluster.storage import MANIFEST, resolve_output, verify_directory, write_manifest
+from jobs.compression.packing import LoadedModel, load_model
+from jobs.compression.recipe import predicted_bytes
+from jobs.config import DecoderConfig, EvaluateConfig, Recipe
+from jobs.data.tokens import TokenSplit, open_split
+from jobs.evaluation.gate import Measurement, Verdict, judge
+from jobs.evaluation.intervals import perplexity_increase
+from jobs.evaluation.latency import Latency, compare_latency
+from jobs.evaluation.quality import sequence_losses
+from jobs.models import _hf
+from jobs.registry import find_model
+
+_LATENCY_CONTEXT = 128
+_LATENCY_TOKENS = 32
+
+
+class Evaluation(StrictModel):
+    """What was measured and the verdict."""
+
+    model: Path
+    base: Path
+    verdict: Verdict
+    latency: Latency
+    base_latency: Latency
+
+    def summary(self) -> dict[str, Any]:
+        """Return the values to print."""
+        return {
+            "model": str(self.model),
+            "base": str(self.base),
+            "passed": self.verdict.passed,
+            "reasons": "; ".join(self.verdict.reasons),
+            "weight_bytes_in_memory": self.latency.weight_bytes,
+            "base_weight_bytes_in_memory": self.base_latency.weight_bytes,
+            "tokens_per_s": self.latency.tokens_per_s,
+            "base_tokens_per_s": self.base_latency.tokens_per_s,
+            **self.verdict.numbers,
+        }
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Measure both models on the same held-out sequences and judge; digests are checked first.
+
+    A refusal is a result, not an error. Raises ModelNotFoundError, ModelFormatError, DataError or
+    IntegrityError for what cannot be measured.
+    """
+    model, base = _paths(config)
+    split = _held_out(config, base)
+    manifest = verify_directory(model)
+    loaded, base_loaded = load_model(model, verify=False), load_model(base)
+    _check_same_vocabulary(loaded.config, base_loaded.config, split)
+    latency, base_latency = time_beside(loaded, base_loaded)
+    measured = _measure(config, split, loaded, base_loaded)
+    measured = measured.replace(
+        size_bytes=weight_file_bytes(model),
+        latency_ms=latency.p50_ms,
+        base_latency_ms=base_latency.p50_ms,
+    )
+    verdict = judge(measured, config.gate)
+    if config.record:
+        kept = {key: value for key, value in manifest.items() if key != "files"}
+        kept.pop("self_sha256")
+        metrics = {**kept.get("metrics", {}), **verdict.numbers}
+        write_manifest(model, {**kept, "gate": verdict.model_dump(mode="json"), "metrics": metrics})
+    return Evaluation(
+        model=model, base=base, verdict=verdict, latency=latency, base_latency=base_latency
+    )
+
+
+def plan_rows(config: EvaluateConfig) -> list[tuple[str, str]]:
+    """Return what would be measured, without loading weights."""
+    model, base = _paths(config)
+    split = _held_out(config, base)
+    return [
+        ("model", str(model)),
+        ("base", str(base)),
+        ("data", f"{split.folder}, split {config.split}"),
+        ("sequences", f"{config.gate.eval_sequences} of {config.seq_len} tokens"),
+        ("writes the verdict", str(model / MANIFEST) if config.record else "no"),
+    ]
+
+
+def held_out_sequences(
+    split: TokenSplit, num_sequences: int, seq_len: int, seed: int
+) -> NDArray[np.int64]:
+    """Return the same sequences [n, seq_len + 1] for every model: a seeded draw from the split.
+
+    A larger `num_sequences` extends a smaller one's. They are drawn from all over the split, since
+    neighbours come from one document and say the same twice.
+    """
+    order = np.random.default_rng(seed).permutation(split.num_sequences(seq_len))
+    return split.sequences(order[:num_sequences], seq_len)
+
+
+def time_beside(loaded: LoadedModel, base: LoadedModel) -> tuple[Latency, Latency]:
+    """Time decoding of both models in turns, one sequence behind 128 tokens if they hold that."""
+    longest = min(loaded.config.max_seq_len, base.config.max_seq_len)
+    tokens = max(1, min(_LATENCY_TOKENS, longest // 2))
+    context = max(1, min(_LATENCY_CONTEXT, longest - tokens))
+    latency, base_latency = compare_latency(
+        [loaded.model, base.model], context=context, tokens=tokens
+    )
+    return latency, base_latency
+
+
+def weight_file_bytes(directory: Path) -> int:
+    """Return the size of all safetensors files of a model directory, in bytes."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def _measure(
+    config: EvaluateConfig, split: TokenSplit, loaded: LoadedModel, base: LoadedModel
+) -> Measurement:
+    gate = config.gate
+    sequences = held_out_sequences(split, gate.eval_sequences, config.seq_len, gate.seed)
+    losses = sequence_losses(loaded.model, sequences)
+    base_losses = sequence_losses(base.model, sequences)
+    return Measurement(
+        perplexity_increase=perplexity_increase(
+            base_losses, losses, samples=gate.bootstrap_samples, seed=gate.seed
+        ),
+        base_perplexity=float(np.exp(base_losses.mean())),
+        perplexity=float(np.exp(losses.mean())),
+        num_sequences=len(sequences),
+        size_bytes=0,
+        base_size_bytes=predicted_bytes(base.config, Recipe()),
+    )
+
+
+def _paths(config: EvaluateConfig) -> tuple[Path, Path]:
+    base = resolve_output(config.base)
+    if not base.is_dir():
+        raise ModelFormatError(f"`base` = {config.base}: no such directory.")
+    resolved = resolve_output(config.model)
+    if resolved.is_dir():
+        return resolved, base
+    if config.record:
+        raise ConfigError(
+            f"`record` = true and `model` = {config.model} is no directory: what is published is "
+            "never changed. Give the directory, before publishing."
+        )
+    return find_model(config.model, resolve_output(config.registry)), base
+
+
+def _held_out(config: EvaluateConfig, base: Path) -> TokenSplit:
+    split = open_split(resolve_output(config.data), config.split)
+    max_seq_len = _hf.from_hf_config(_hf.read_config(base)).max_seq_len
+    if config.seq_len > max_seq_len:
+        raise ConfigError(
+            f"`seq_len` = {config.seq_len} exceeds the model's {max_seq_len} positions. Lower it."
+        )
+    found, wanted = split.num_sequences(config.seq_len), config.gate.eval_sequences
+    if found < wanted:
+        raise ConfigError(
+            f"`gate.eval_sequences` = {wanted}, and the {config.split} split of {split.folder} has "
+            f"{found} of seq_len={config.seq_len}. Lower it or give more data."
+        )
+    return split
+
+
+def _check_same_vocabulary(config: DecoderConfig, base: DecoderConfig, split: TokenSplit) -> None:
+    if not config.vocab_size == base.vocab_size >= split.vocab_size:
+        raise ConfigError(
+            f"the model has {config.vocab_size} ids, the base {base.vocab_size} and the data "
+            f"{split.vocab_size}: they do not belong together."
+        )

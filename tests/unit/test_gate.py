@@ -1,0 +1,92 @@
+import math
+
+import pytest
+
+from cluster.errors import GateRefusedError
+from jobs.config import GateConfig
+from jobs.evaluation.gate import Measurement, judge, require_passed
+from jobs.evaluation.intervals import Interval
+
+GOOD = Measurement(
+    perplexity_increase=Interval(point=0.005, lower=0.001, upper=0.009),
+    base_perplexity=50.0,
+    perplexity=50.25,
+    num_sequences=128,
+    size_bytes=400,
+    base_size_bytes=1000,
+    latency_ms=8.0,
+    base_latency_ms=10.0,
+)
+LIMITS = GateConfig()
+
+
+def test_judge_when_all_within_limits_passes_without_reasons() -> None:
+    verdict = judge(GOOD, LIMITS)
+    assert verdict.passed
+    assert verdict.reasons == ()
+    assert verdict.numbers["size_ratio"] == pytest.approx(0.4)
+
+
+def test_judge_when_point_is_good_but_upper_bound_is_not_refuses() -> None:
+    wide = GOOD.replace(perplexity_increase=Interval(point=0.005, lower=-0.02, upper=0.03))
+    verdict = judge(wide, LIMITS)
+    assert not verdict.passed
+    assert "3.00%" in verdict.reasons[0]
+
+
+@pytest.mark.parametrize("size_bytes", [1000, 1001])
+def test_judge_when_not_smaller_refuses_whatever_the_limit(size_bytes: int) -> None:
+    verdict = judge(GOOD.replace(size_bytes=size_bytes), GateConfig(max_size_ratio=5.0))
+    assert not verdict.passed
+    assert "not smaller" in verdict.reasons[0]
+
+
+def test_judge_when_size_limit_is_broken_names_value_and_limit() -> None:
+    verdict = judge(GOOD.replace(size_bytes=460), LIMITS)
+    assert "46.0%" in verdict.reasons[0]
+    assert "45.0%" in verdict.reasons[0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("field", ["perplexity", "base_perplexity", "perplexity_increase"])
+def test_judge_when_a_number_is_not_finite_refuses(bad: float, field: str) -> None:
+    value = Interval(point=bad, lower=bad, upper=bad) if field == "perplexity_increase" else bad
+    verdict = judge(GOOD.replace(**{field: value}), LIMITS)
+    assert not verdict.passed
+    assert all(v is None or math.isfinite(v) for v in verdict.numbers.values())
+
+
+def test_judge_when_size_was_not_measured_refuses() -> None:
+    assert not judge(GOOD.replace(size_bytes=0), LIMITS).passed
+    assert not judge(GOOD.replace(base_size_bytes=0), LIMITS).passed
+
+
+def test_judge_when_too_few_sequences_refuses() -> None:
+    assert "judged on 127" in judge(GOOD.replace(num_sequences=127), LIMITS).reasons[0]
+
+
+def test_judge_when_latency_is_asked_for_and_missing_refuses() -> None:
+    limits = GateConfig(max_latency_ratio=1.0)
+    assert judge(GOOD, limits).passed
+    assert not judge(GOOD.replace(latency_ms=None), limits).passed
+    assert "1.20" in judge(GOOD.replace(latency_ms=12.0), limits).reasons[0]
+
+
+def test_judge_when_several_limits_are_broken_gives_every_reason() -> None:
+    bad = GOOD.replace(
+        size_bytes=900, perplexity_increase=Interval(point=0.5, lower=0.4, upper=0.6)
+    )
+    assert len(judge(bad, LIMITS).reasons) == 2
+
+
+def test_require_passed_when_verdict_is_missing_or_refused_raises() -> None:
+    with pytest.raises(GateRefusedError, match="no gate verdict"):
+        require_passed({}, "m")
+    refused = judge(GOOD.replace(size_bytes=900), LIMITS)
+    with pytest.raises(GateRefusedError, match=r"90\.0%"):
+        require_passed({"gate": refused.model_dump(mode="json")}, "m")
+
+
+def test_require_passed_when_passed_returns_the_verdict() -> None:
+    verdict = judge(GOOD, LIMITS)
+    assert require_passed({"gate": verdict.model_dump(mode="json")}, "m") == verdict
