@@ -4,6 +4,7 @@ Takes words; gives exit codes: 0 done, 1 the run failed, 2 bad input, 130 interr
 that knows all three packages; each command hands over to one function of theirs.
 """
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,6 +123,17 @@ def down(
         for session in sessions:
             stop_head(session)
             Console(stderr=True).print(f"stopped cluster `{session.name}`")
+
+    return guard(action)
+
+
+@app.command()
+def env(name: Name = "default") -> int:
+    """Print what a shell needs for Ray's own commands: eval "$(raysmith env)"."""
+
+    def action() -> None:
+        for key, value in find_session(name).environment().items():
+            sys.stdout.write(f"export {key}={shlex.quote(value)}\n")
 
     return guard(action)
 
