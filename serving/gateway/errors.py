@@ -71,7 +71,7 @@ def from_validation(problems: Sequence[Any]) -> Refused:
 def _describe(problem: Any) -> tuple[str, str]:
     path = [part for part in problem["loc"] if part != "body"]
     for at, part in enumerate(path):
-        if part in _FORMS:
+        if part in _FORMS and problem["type"] != "missing":
             name = _join(path[: at + 1])
             return name, f"`{name}`: {_FORMS[part]}"
     name = _join(path)

@@ -92,12 +92,8 @@ def test_push_when_stop_is_not_ascii_is_found(stop):
     stop=st.lists(st.text(alphabet="ab€\n", min_size=1, max_size=4), max_size=4),
 )
 def test_push_for_any_text_equals_cutting_the_whole(text, stop):
-    found = [text.find(each) for each in stop if each in text]
-    expected = text[: min(found)] if found else text
-    # A stop string that ends later but begins earlier cannot be known when the first is complete.
+    # The first stop string that is complete ends the text, where the earliest complete one begins.
     ends = [text.find(each) + len(each) for each in stop if each in text]
-    if found:
-        first_complete = min(ends)
-        complete = [text.find(each) for each in stop if each in text[:first_complete]]
-        expected = text[: min(complete)]
+    seen = text[: min(ends, default=len(text))]
+    expected = text[: min((seen.find(each) for each in stop if each in seen), default=len(text))]
     assert "".join(run(text, stop)[0]) == expected

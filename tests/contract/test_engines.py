@@ -1,0 +1,241 @@
+"""What every engine plug-in must do, over a tiny published model; one line per behaviour."""
+
+import asyncio
+
+import pytest
+import torch
+
+import serving.engines
+from cluster.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineError,
+    IntegrityError,
+    PlacementError,
+    RequestError,
+)
+from cluster.storage import write_manifest
+from jobs.config import DecoderConfig
+from jobs.data.tokenizer import load_tokenizer, train_tokenizer
+from jobs.evaluation.quality import greedy_reference
+from jobs.models.decoder import build, load, save
+from jobs.plugins import load_plugin, plugin_names
+from serving.engines._protocol import Chunk, FinishReason, GenerateRequest
+
+SHAPE = DecoderConfig(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    max_seq_len=64,
+    initializer_range=0.3,  # Large, so that no two tokens are nearly as likely.
+    bos_token_id=0,
+    eos_token_id=1,
+)
+PROMPTS = [tuple((7 * i + j) % 298 + 2 for j in range(1 + 3 * i)) for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    train_tokenizer(["def read_file(path): return path\n" * 20], 300, directory)
+    save(build(SHAPE, seed=3), directory, dtype=torch.float32)
+    write_manifest(directory, {"kind": "model"})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def reference(directory):
+    return load(directory)
+
+
+@pytest.fixture(scope="module", params=plugin_names(serving.engines))
+def plugin(request):
+    return load_plugin(serving.engines, request.param, what="engine")
+
+
+@pytest.fixture(scope="module")
+def engine(plugin, directory):
+    engine = plugin.create(directory, {"max_slots": 4, "max_batch_tokens": 16})
+    yield engine
+    engine.close()
+
+
+async def chunks_of(engine, prompt_tokens=(5, 6, 7), **options) -> list[Chunk]:
+    request = GenerateRequest(
+        prompt_tokens=prompt_tokens, **{"max_tokens": 8, "temperature": 0.0, **options}
+    )
+    return [chunk async for chunk in engine.generate(request)]
+
+
+def answer(engine, prompt_tokens=(5, 6, 7), **options) -> list[int]:
+    return tokens_of(asyncio.run(chunks_of(engine, prompt_tokens, **options)))
+
+
+def tokens_of(chunks: list[Chunk]) -> list[int]:
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
+def text_of(chunks: list[Chunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+def test_generate_when_greedy_equals_the_plain_forward_for_every_batch(engine, reference):
+    async def ask_all():
+        return await asyncio.gather(*(chunks_of(engine, p, max_tokens=20) for p in PROMPTS))
+
+    answers = [tokens_of(chunks) for chunks in asyncio.run(ask_all())]
+    assert answers == [greedy_reference(reference, p, 20, {1}) for p in PROMPTS]
+
+
+def test_generate_when_done_says_why_once_and_last(engine):
+    reasons = [chunk.finish_reason for chunk in asyncio.run(chunks_of(engine))]
+    assert reasons == [None] * 7 + [FinishReason.LENGTH]
+
+
+def test_generate_when_end_token_comes_stops_without_it(engine, reference):
+    prompt = next(
+        p
+        for p in ((a, b) for a in range(2, 300) for b in range(2, 9))
+        if len(greedy_reference(reference, p, 8, {1})) < 8
+    )
+    expected = greedy_reference(reference, prompt, 8, {1})
+    chunks = asyncio.run(chunks_of(engine, prompt))
+    assert (tokens_of(chunks), chunks[-1].finish_reason) == (expected, FinishReason.STOP)
+    assert len(answer(engine, prompt, ignore_eos=True)) == 8
+
+
+def test_generate_when_text_is_joined_equals_the_decoded_tokens(engine, directory):
+    chunks = asyncio.run(chunks_of(engine, max_tokens=30))
+    assert text_of(chunks) == load_tokenizer(directory).decode(tokens_of(chunks))
+
+
+def test_generate_when_stop_string_comes_cuts_before_it(engine):
+    whole = text_of(asyncio.run(chunks_of(engine, max_tokens=30)))
+    stop = whole[10:12]
+    chunks = asyncio.run(chunks_of(engine, max_tokens=30, stop=(stop,)))
+    assert text_of(chunks) == whole[: whole.find(stop)]
+    assert chunks[-1].finish_reason is FinishReason.STOP
+
+
+def test_generate_when_max_tokens_is_unset_fills_the_context(engine):
+    assert len(answer(engine, max_tokens=None, ignore_eos=True)) == SHAPE.max_seq_len - 3
+
+
+def test_generate_when_seeded_repeats_whatever_runs_beside_it(engine):
+    options = {"temperature": 1.0, "seed": 11, "max_tokens": 12}
+    alone = answer(engine, **options)
+
+    async def among_others():
+        others = [chunks_of(engine, p, temperature=1.0) for p in PROMPTS[:6]]
+        return (await asyncio.gather(chunks_of(engine, **options), *others))[0]
+
+    assert tokens_of(asyncio.run(among_others())) == alone
+    assert answer(engine, **{**options, "seed": 12}) != alone
+
+
+def test_generate_when_unseeded_differs_between_calls(engine):
+    options = {"temperature": 2.0, "max_tokens": 20}
+    assert answer(engine, **options) != answer(engine, **options)
+
+
+def test_generate_when_logprobs_are_asked_for_equal_the_model(engine, reference):
+    chunks = asyncio.run(chunks_of(engine, max_tokens=1, num_logprobs=3))
+    (token,) = chunks[0].logprobs
+    with torch.inference_mode():
+        expected = reference(torch.tensor([[5, 6, 7]]))[0, -1].log_softmax(-1).topk(3)
+    assert [other.token_id for other in token.top] == expected.indices.tolist()
+    assert [other.logprob for other in token.top] == pytest.approx(
+        expected.values.tolist(), abs=1e-4
+    )
+    assert (token.token_id, token.logprob) == (token.top[0].token_id, token.top[0].logprob)
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "max_tokens"), [((5,) * 64, 1), ((5,) * 65, None), ((5,) * 60, 5)]
+)
+def test_generate_when_context_is_exceeded_is_refused(engine, prompt_tokens, max_tokens):
+    with pytest.raises(ContextLengthError, match="64 tokens"):
+        answer(engine, prompt_tokens, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("token", [-1, 300])
+def test_generate_when_token_is_not_in_the_vocabulary_is_refused(engine, token):
+    with pytest.raises(RequestError, match=f"token id {token}"):
+        answer(engine, (5, token))
+
+
+def test_generate_when_closed_early_frees_its_slot(engine):
+    async def leave_early():
+        stream = engine.generate(
+            GenerateRequest(prompt_tokens=(5,), temperature=0.0, ignore_eos=True)
+        )
+        await anext(stream)
+        await stream.aclose()
+        # The next request runs after the cancellation, in the same order as they were asked.
+        return await chunks_of(engine)
+
+    asyncio.run(leave_early())
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_free_slots) == (0, 0, 4)
+    assert stats.generated_tokens > 0
+
+
+def test_info_when_asked_describes_the_model(engine):
+    info = engine.info()
+    assert (info.vocab_size, info.max_len, info.max_slots) == (300, 64, 4)
+    assert info.weight_bytes > 0
+    assert info.cache_bytes > 0
+
+
+def test_create_when_option_is_unknown_is_refused(plugin, directory):
+    with pytest.raises(ConfigError, match="max_slots"):
+        plugin.create(directory, {"max_slot": 3})
+
+
+def test_create_when_cache_exceeds_memory_is_refused(plugin, tmp_path):
+    shape = SHAPE.replace(max_seq_len=2**30)
+    train_tokenizer(["some text"], 300, tmp_path)
+    save(build(shape, seed=0), tmp_path)
+    write_manifest(tmp_path, {"kind": "model"})
+    with pytest.raises(PlacementError, match="max_slots=1024"):
+        plugin.create(tmp_path, {"max_slots": 1024, "max_len": 2**30})
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_create_when_a_file_is_damaged_is_refused(plugin, directory, tmp_path, name):
+    for path in directory.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    data = bytearray((tmp_path / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(IntegrityError, match=name):
+        plugin.create(tmp_path, {})
+
+
+def test_close_when_sequences_run_ends_them_and_refuses_new_ones(plugin, directory):
+    engine = plugin.create(directory, {"max_slots": 1})
+
+    async def close_while_running():
+        running = engine.generate(
+            GenerateRequest(prompt_tokens=(5,), temperature=0.0, ignore_eos=True)
+        )
+        await anext(running)
+        waiting = asyncio.create_task(chunks_of(engine))
+        await asyncio.sleep(0)
+        engine.close()
+        outcomes = await asyncio.gather(drain(running), waiting, return_exceptions=True)
+        return [outcome for outcome in outcomes if isinstance(outcome, EngineError)]
+
+    async def drain(stream):
+        return [chunk async for chunk in stream]
+
+    failures = asyncio.run(close_while_running())
+    assert len(failures) >= 1
+    with pytest.raises(EngineError):
+        engine.stats()
+    with pytest.raises(EngineError):
+        answer(engine)
+    engine.close()

@@ -1,0 +1,121 @@
+import asyncio
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from cluster.errors import ConfigError, EngineError, RequestError
+from jobs.data.tokenizer import load_tokenizer, train_tokenizer
+from serving.engines._protocol import Chunk
+from serving.messages import ChatPrompt, TextPrompt, TokenPrompt, Turn
+from serving.prompts import PromptEncoder
+from serving.replica import EngineReplica, merge
+
+
+class Stream:
+    """Chunks one after another; an exception among them is raised, None waits forever."""
+
+    def __init__(self, *items):
+        self._items = list(items)
+        self.was_cancelled = False
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        if not self._items:
+            raise StopAsyncIteration
+        item = self._items.pop(0)
+        if isinstance(item, Exception):
+            raise item
+        if item is None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.was_cancelled = True
+                raise
+        return item
+
+
+def chunk(text: str) -> Chunk:
+    return Chunk(text, (1,))
+
+
+def collect(*streams):
+    async def run():
+        return [item async for batch in merge(streams) for item in batch]
+
+    return asyncio.run(run())
+
+
+def test_merge_when_streams_end_keeps_the_order_of_each():
+    items = collect(Stream(chunk("a"), chunk("b")), Stream(), Stream(chunk("c")))
+    assert [c.text for i, c in items if i == 0] == ["a", "b"]
+    assert [c.text for i, c in items if i == 2] == ["c"]
+
+
+def test_merge_when_reader_is_slow_gives_several_at_once():
+    async def run():
+        return [len(batch) async for batch in merge([Stream(*map(chunk, "abcd"))])]
+
+    assert asyncio.run(run()) == [4]
+
+
+def test_merge_when_one_stream_fails_cancels_the_others():
+    waiting = Stream(None)
+    with pytest.raises(EngineError, match="broken"):
+        collect(waiting, Stream(EngineError("broken")))
+    assert waiting.was_cancelled
+
+
+def test_merge_when_closed_early_cancels_all():
+    streams = [Stream(chunk("a"), None), Stream(None)]
+
+    async def run():
+        batches = merge(streams)
+        await anext(batches)
+        await batches.aclose()
+
+    asyncio.run(run())
+    assert [stream.was_cancelled for stream in streams] == [True, True]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["hello world, hello there"] * 10, 300, directory)
+    return load_tokenizer(directory)
+
+
+def test_encode_when_prompt_is_text_equals_the_tokenizer(tokenizer):
+    encoded = PromptEncoder(tokenizer).encode(TextPrompt("hello"))
+    assert encoded == tuple(tokenizer.encode("hello"))
+
+
+def test_encode_when_prompt_is_tokens_keeps_them(tokenizer):
+    assert PromptEncoder(tokenizer).encode(TokenPrompt((5, 6))) == (5, 6)
+
+
+def test_encode_when_prompt_is_a_chat_writes_the_template(tokenizer):
+    encoded = PromptEncoder(tokenizer).encode(ChatPrompt((Turn("user", "hello"),)))
+    assert tokenizer.decode(list(encoded)) == "<|begin|>hello\n"
+
+
+def test_encode_when_there_is_no_template_names_the_other_route(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    plain = load_tokenizer(tmp_path)
+    plain.chat_template = None
+    with pytest.raises(RequestError, match="/v1/completions"):
+        PromptEncoder(plain).encode(ChatPrompt((Turn("user", "x"),)))
+
+
+def test_encode_when_template_refuses_says_why(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    strict = load_tokenizer(tmp_path)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RequestError, match="roles must alternate"):
+        PromptEncoder(strict).encode(ChatPrompt((Turn("user", "x"),)))
+
+
+def test_replica_when_engine_is_unknown_lists_the_right_ones(tmp_path):
+    with pytest.raises(ConfigError, match="no engine `nativ`; there are: native"):
+        EngineReplica(str(tmp_path), "nativ", {})
