@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from cluster.errors import ConfigError, IntegrityError, ModelFormatError
+from cluster.errors import IntegrityError, ModelFormatError
 from cluster.storage import staged_directory, storage_errors, verify_directory
+from jobs.training.run_folder import check_identity
 from jobs.training.world import World
 
 CHECKPOINT_KIND = "checkpoint"
@@ -72,13 +73,6 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
             f"To go on from {earlier} instead, delete {newest.path}."
         ) from error
     return replace(newest, identity=manifest["identity"])
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed run left half written; only while no other run writes here."""
-    for pattern in (".*.tmp", ".*.old"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 class Checkpoints:
@@ -167,20 +161,6 @@ class Checkpoints:
 
     def _staging(self, step: int) -> Path:
         return self._folder / f".step-{step:08d}.writing.tmp"
-
-
-def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Raise ConfigError listing every value that a run may not change once it has begun."""
-    changed = [
-        f"`{key}` was {before.get(key)!r} and is now {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{where} belongs to a run with another config: {'; '.join(changed)}. "
-            "Choose another `name`, or restore these values to go on with that run."
-        )
 
 
 @contextmanager

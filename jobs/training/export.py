@@ -13,7 +13,7 @@ from jobs.config import TrainConfig
 from jobs.data.prepare import TOKENIZER_FOLDER
 from jobs.data.tokenizer import copy_tokenizer
 from jobs.plugins import load_plugin
-from jobs.training.metrics import TrainOutcome
+from jobs.training.outcome import TrainOutcome
 from jobs.training.run_folder import identity
 
 MODEL_KIND = "model"

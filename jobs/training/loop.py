@@ -28,17 +28,18 @@ from jobs.training.checkpoint import Checkpoints
 from jobs.training.export import export_model
 from jobs.training.metrics import (
     MetricsLog,
-    StepMetrics,
-    TrainOutcome,
     flops_per_token,
     peak_flops_per_s,
 )
 from jobs.training.optim import learning_rate, set_learning_rate
+from jobs.training.outcome import StepMetrics, TrainOutcome
 from jobs.training.precision import forward_context
 from jobs.training.run_folder import (
     CHECKPOINTS_FOLDER,
     MODEL_FOLDER,
     SUMMARY_FILE,
+    WORKER_LOCK,
+    WORKER_LOCK_TIMEOUT_S,
     exclusive,
     identity,
 )
@@ -47,9 +48,6 @@ from jobs.training.validation import validation_loss
 from jobs.training.world import World
 
 __all__ = ["StepMetrics", "TrainOutcome", "World", "run"]
-
-# A worker of a driver that was just killed may need this long to end.
-_LOCK_TIMEOUT_S = 60.0
 
 
 def run(
@@ -68,7 +66,7 @@ def run(
     """
     with ExitStack() as stack:
         if world.is_first:
-            stack.enter_context(exclusive(run_dir / ".worker.lock", timeout_s=_LOCK_TIMEOUT_S))
+            stack.enter_context(exclusive(run_dir / WORKER_LOCK, timeout_s=WORKER_LOCK_TIMEOUT_S))
         world.barrier()
         setup = set_up(config, data_dir, world)
         checkpoints = Checkpoints(

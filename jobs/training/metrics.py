@@ -4,7 +4,6 @@ Takes measurements; gives `metrics.jsonl` and event files that hold each step on
 resume. It does not know how the measurements came about.
 """
 
-import json
 import math
 from pathlib import Path
 from types import TracebackType
@@ -14,39 +13,13 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from cluster import hardware
-from cluster.config import StrictModel
-from cluster.storage import storage_errors, write_atomic
+from cluster.storage import storage_errors
 from jobs.config import DecoderConfig, Precision
+from jobs.training.metrics_file import METRICS_FILE, as_lines, cut_back
+from jobs.training.outcome import StepMetrics
 from jobs.training.world import World
 
-METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-
-
-class StepMetrics(StrictModel):
-    """One optimizer step; `step` counts completed steps, so the first is 1."""
-
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens_per_s: float
-    mfu: float
-
-
-class TrainOutcome(StrictModel):
-    """What a finished run gives."""
-
-    run_dir: Path
-    model_dir: Path
-    steps: int
-    train_loss: float
-    validation_loss: float
-    tokens: int
-    tokens_per_s: float
-    mfu: float
-    num_workers: int
-    resumed_from_step: int | None
 
 
 def flops_per_token(config: DecoderConfig, num_parameters: int, seq_len: int) -> float:
@@ -77,8 +50,7 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self._path = run_dir / METRICS_FILE
-        kept = [line for line in read_metrics(run_dir) if line["step"] <= start_step]
-        write_atomic(self._path, "".join(_line(entry) for entry in kept).encode())
+        kept = cut_back(run_dir, start_step)
         self.last_loss = next((e["loss"] for e in reversed(kept) if "loss" in e), math.nan)
         with storage_errors(f"writing metrics to {run_dir}"):
             self._file = self._path.open("a", encoding="utf-8")
@@ -109,20 +81,7 @@ class MetricsLog:
 
     def _record(self, step: int, values: dict[str, Any], tag: str) -> None:
         with storage_errors(f"writing {self._path}"):
-            self._file.write(_line({"step": step, **values}))
+            self._file.writelines(as_lines([{"step": step, **values}]))
             self._file.flush()
             for name, value in values.items():
                 self._events.add_scalar(f"{tag}/{name.removeprefix('validation_')}", value, step)
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the recorded lines of a run in order; a last line that was cut off is left out."""
-    path = run_dir / METRICS_FILE
-    if not path.exists():
-        return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry) + "\n"

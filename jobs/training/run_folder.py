@@ -8,6 +8,7 @@ summary.json, ray/.
 
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from cluster.errors import TrainingError
+from cluster.config import load_config
+from cluster.errors import ConfigError, TrainingError
 from cluster.storage import check_name, resolve_output, storage_errors, write_atomic
 from jobs.config import TrainConfig
 
@@ -27,6 +29,10 @@ DATA_FOLDER = "data"
 CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
 RAY_FOLDER = "ray"
+DRIVER_LOCK = ".driver.lock"
+WORKER_LOCK = ".worker.lock"
+# The workers of a driver that was just killed may need this long to end.
+WORKER_LOCK_TIMEOUT_S = 60.0
 
 # What may change between two attempts: it decides how a run is carried out, not what it computes.
 _CHANGEABLE: dict[str, Any] = {
@@ -58,6 +64,34 @@ def write_config(config: TrainConfig, run_dir: Path) -> None:
     """Record the config of the current attempt."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     write_atomic(run_dir / CONFIG_FILE, text.encode())
+
+
+def check_recorded(config: TrainConfig, run_dir: Path) -> None:
+    """Raise ConfigError if the folder holds a run whose config differs where it may not."""
+    path = run_dir / CONFIG_FILE
+    if path.exists():
+        check_identity(identity(load_config(TrainConfig, path)), identity(config), path)
+
+
+def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """Raise ConfigError listing every value that a run may not change once it has begun."""
+    changed = [
+        f"`{key}` was {before.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{where} belongs to a run with another config: {'; '.join(changed)}. "
+            "Choose another `name`, or restore these values to go on with that run."
+        )
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed run left half written; only while no other run writes here."""
+    for pattern in (".*.tmp", ".*.old"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
