@@ -44,6 +44,10 @@ class Journal:
         self._append({"task": task.model_dump(), "result": result.model_dump(mode="json")})
         self.results[task] = result
 
+    def leave_out(self, task: Task, result: Result) -> None:
+        """Add the result of a worker that died to this run only: the next run tries again."""
+        self.results[task] = result
+
     def _append(self, document: dict[str, Any]) -> None:
         body = json.dumps(document, sort_keys=True)
         line = json.dumps({"sha256": digest_bytes(body.encode()), "body": body}) + "\n"

@@ -28,6 +28,7 @@ class TaskQueue:
         self._search, self._journal = search, journal
         self._running: dict[str, Task] = {}
         self._fatal: RaysmithError | None = None
+        self._decision: list[Task] | Finish | None = None
         self._print = on_result or _print_progress
 
     def take(self, key: str) -> TrialSpec | None:
@@ -46,7 +47,9 @@ class TaskQueue:
         """Take a task's report: a result, an error that ends the search, or None if it died."""
         task = self._running.pop(key)
         if found is None:
-            self._record(task, Result(error="its worker process died, twice"))
+            failed = Result(error="its worker died or raised, twice; Ray's log says why")
+            self._journal.leave_out(task, failed)
+            self._tell(task, failed)
         elif "fatal" in found:
             self._fatal = getattr(cluster.errors, found["fatal_class"])(found["fatal"])
         else:
@@ -70,23 +73,30 @@ class TaskQueue:
         return end
 
     def _decide(self) -> list[Task] | Finish:
+        """Return the decision on the results so far; Tune asks far more often than they change."""
+        if self._decision is not None:
+            return self._decision
         search = self._search
         try:
-            return decide(
+            self._decision = decide(
                 search.config, len(search.recipes), search.base_bytes, self._journal.results
             )
         except SearchError as error:
             self._fatal = error
-            return Finish(winner=None, verdicts={}, finalists=())
+            self._decision = Finish(winner=None, verdicts={}, finalists=())
+        return self._decision
 
     def _record(self, task: Task, result: Result) -> None:
         self._journal.record(task, result)
+        self._tell(task, result)
+
+    def _tell(self, task: Task, result: Result) -> None:
+        self._decision = None
         stage = "gate" if task.rung == len(self._search.config.rungs) else f"rung {task.rung}"
         quality = result.error or f"loss {sum(result.losses) / len(result.losses):.4f}"
-        self._print(
-            f"{stage}: {describe(self._search.recipes[task.candidate])}: {quality}, "
-            f"{result.size_bytes:,} bytes, {result.seconds:.1f} s"
-        )
+        recipe = describe(self._search.recipes[task.candidate])
+        size = f", {result.size_bytes:,} bytes" if result.error is None else ""
+        self._print(f"{stage}: {recipe}: {quality}{size}, {result.seconds:.1f} s")
 
 
 def _print_progress(line: str) -> None:

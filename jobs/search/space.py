@@ -8,6 +8,7 @@ q, k and v, and gate and up: they share a choice.
 """
 
 import random
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -21,6 +22,7 @@ _GROUP_SIZES = (128, 64, 32)
 _DENSE = "bf16"
 _WEIGHT_ONLY = "w4a16"
 _RANDOM_TRIES = 50
+_GROUP_TARGET = re.compile(r"model\.layers\.(?P<block>\d+)\.(?P<part>\w+)\.\*")
 
 
 @dataclass(frozen=True, order=True)
@@ -167,6 +169,8 @@ def _describe_targets(step: Step) -> str:
         return "all"
     blocks: dict[str, list[str]] = {}
     for target in step.targets:
-        _, _, block, part, _ = target.split(".")
-        blocks.setdefault(part, []).append(block)
+        found = _GROUP_TARGET.fullmatch(target)
+        if found is None:
+            return ", ".join(step.targets)
+        blocks.setdefault(found["part"], []).append(found["block"])
     return ", ".join(f"{part} {'+'.join(numbers)}" for part, numbers in blocks.items())

@@ -5,8 +5,10 @@ nothing: our searcher hands Tune the wanted tasks one by one and writes down wha
 own checkpoints are not used, because the journal is enough to go on from.
 """
 
+import contextlib
 import json
 import os
+import sys
 import uuid
 from typing import Any
 
@@ -23,6 +25,7 @@ from jobs.search.trial import TrialSpec, run_trial
 
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the journal and search.json hold everything
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output ignores verbose=0
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search; it goes on from the journal
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "60",
@@ -53,10 +56,12 @@ def run_tasks(search: Search, journal: Journal) -> Finish:
             name=attempt,
             storage_path=str(search.run_dir / "tune"),
             failure_config=tune.FailureConfig(max_failures=1),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
     )
-    tuner.fit()
+    with contextlib.redirect_stdout(sys.stderr):  # Tune prints tables; stdout is for data
+        tuner.fit()
     return queue.end()
 
 

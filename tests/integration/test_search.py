@@ -1,0 +1,172 @@
+"""A search on a real local cluster: to its end, after a kill of the driver, and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from cluster.session import HeadConfig, Session, start_head, stop_head
+from cluster.storage import read_manifest, staged_directory, verify_directory
+from jobs.compression.packing import load_model
+from jobs.config import DecoderConfig, PublishConfig
+from jobs.data.tokens import DATA_KIND, SPLITS
+from jobs.evaluation.gate import require_passed
+from jobs.models.decoder import build, save
+from jobs.publish import publish
+from jobs.registry import Registry
+from jobs.search.journal import Journal
+
+pytestmark = pytest.mark.ray
+
+DECODER = DecoderConfig(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=256,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    max_seq_len=64,
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense model and packed data, as a training run leaves them."""
+    folder = tmp_path_factory.mktemp("search")
+    with staged_directory(folder / "model", {"kind": "model", "lineage": {"run": "r"}}) as staging:
+        save(build(DECODER, seed=0), staging)
+        (staging / "tokenizer.json").write_text("{}")
+    generator = np.random.default_rng(0)
+    splits = {}
+    manifest = {"kind": DATA_KIND, "dtype": "<u2", "vocab_size": 256, "splits": splits}
+    with staged_directory(folder / "data", manifest) as staging:
+        for split in SPLITS:
+            tokens = generator.integers(0, 256, 4000).astype("<u2")
+            (staging / f"{split}.bin").write_bytes(tokens.tobytes())
+            splits[split] = {"shards": [f"{split}.bin"], "num_tokens": 4000, "num_documents": 1}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session(home: Path) -> Iterator[Session]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYSMITH_STATE", str(home / "state"))
+        patch.setenv("RAYSMITH_HOME", str(home))
+        config = HeadConfig(name="search", num_cpus=2, gcs_port=0, dashboard_port=0, serve_port=0)
+        running = start_head(config)
+        yield running
+        stop_head(running)
+
+
+def _write_config(home: Path, name: str, **changes: object) -> Path:
+    config = {
+        "name": name,
+        "model": "model",
+        "data": "data",
+        "seq_len": 32,
+        "num_trials": 12,
+        "rungs": [
+            {"eval_sequences": 8, "keep_ratio": 0.3},
+            {"eval_sequences": 16, "real": True},
+        ],
+        "gate": {"eval_sequences": 16, "bootstrap_samples": 200},
+        **changes,
+    }
+    path = home / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def _start(session: Session, config: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.search", "--config", str(config), "--json"],
+        env={**os.environ, **session.environment(), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _journal(home: Path, name: str) -> list[str]:
+    return (home / "runs" / name / "journal.jsonl").read_text().splitlines()
+
+
+def test_search_when_the_driver_is_killed_goes_on_and_finds_a_winner_that_publishes(
+    home: Path, session: Session
+) -> None:
+    config = _write_config(home, "resumed")
+    driver = _start(session, config)
+    assert driver.stderr is not None
+    num_lines = 0
+    for line in driver.stderr:
+        num_lines += line.startswith("rung")
+        if num_lines == 4:
+            break
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    kept = _journal(home, "resumed")
+    assert len(kept) >= 5
+
+    driver = _start(session, config)
+    out, err = driver.communicate(timeout=120)
+    assert driver.returncode == 0, err
+    after = _journal(home, "resumed")
+    assert after[: len(kept)] == kept
+    tasks = [json.dumps(json.loads(json.loads(line)["body"]).get("task")) for line in after]
+    assert len(set(tasks)) == len(tasks)
+
+    summary = json.loads(out)
+    assert (summary["trials"], summary["rungs"]) == (12, 2)
+    assert summary["winner"] == "w4a16 all"
+    assert summary["size_ratio"] <= 0.45
+    assert summary["latency_ms"] > 0
+    _check_winner(home / "runs" / "resumed" / "winner", home)
+
+
+def _check_winner(winner: Path, home: Path) -> None:
+    manifest = verify_directory(winner)
+    assert require_passed(manifest, "winner").passed
+    assert manifest["lineage"]["run"] == "r"
+    assert manifest["lineage"]["parent_digest"] == read_manifest(home / "model")["self_sha256"]
+    assert (winner / "tokenizer.json").is_file()
+    schemes = load_model(winner).schemes
+    assert {schemes[name] for name in schemes if name != "lm_head"} == {"w4a16"}
+    registry = home / "registry"
+    publish(winner, PublishConfig(registry=str(registry), name="tiny"))
+    assert Registry(registry).resolve("tiny@production").metrics["size_ratio"] <= 0.45
+
+
+def test_search_when_the_gate_refuses_all_exits_1_and_leaves_the_trials(
+    home: Path, session: Session
+) -> None:
+    gate = {"eval_sequences": 16, "bootstrap_samples": 200, "max_size_ratio": 0.01}
+    config = _write_config(
+        home,
+        "refused",
+        gate=gate,
+        schemes=["w8a8"],
+        rungs=[{"eval_sequences": 8, "real": True}],
+    )
+    driver = _start(session, config)
+    _, err = driver.communicate(timeout=120)
+    assert driver.returncode == 1
+    assert "the nearest was w8a8 all" in err
+    document = json.loads((home / "runs" / "refused" / "search.json").read_text())
+    assert document["winner"] is None
+    assert not document["verdict"]["passed"]
+    assert not (home / "runs" / "refused" / "winner").exists()
+
+
+def test_search_when_the_configuration_changes_is_refused(home: Path, session: Session) -> None:
+    Journal(home / "runs" / "changed" / "journal.jsonl", "another fingerprint")
+    driver = _start(session, _write_config(home, "changed"))
+    _, err = driver.communicate(timeout=60)
+    assert driver.returncode == 2
+    assert "another configuration" in err
