@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from cluster.errors import TrainingError
 from jobs.data.tokens import Split
 
 Batch = tuple[list[Split], list[str]]
@@ -63,6 +65,12 @@ def encode_all(batches: Iterator[Batch], job: EncodeJob, num_processes: int) -> 
     pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), _start, (job,))
     try:
         yield from _through_pool(pool, chain(head, batches), window=2 * num_processes)
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            f"one of {num_processes} tokenizing processes ended abruptly. If memory ran out, lower "
+            "data.num_processes; in a script of your own, put the call under "
+            "`if __name__ == '__main__':`."
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
