@@ -27,7 +27,7 @@ Stage = Callable[[PipelineConfig], Mapping[str, Any]]
 
 def train_stage(config: PipelineConfig) -> Mapping[str, Any]:
     """Train the model."""
-    return launch(config.train).summary()
+    return launch(config.train).model_dump(mode="json")
 
 
 def search_stage(config: PipelineConfig) -> Mapping[str, Any]:

@@ -54,7 +54,7 @@ def rows(facts: DemoFacts) -> list[Row]:
     summary = _read(facts.train_dir, "summary.json")
     winner = _winner(facts)
     numbers = _read(facts.search_dir, "search.json")["verdict"]["numbers"]
-    untrained = math.log(summary["vocab_size"])
+    untrained = math.log(_vocab_size(facts))
     loss = summary["validation_loss"]
     base_bytes, size_bytes = numbers["base_size_bytes"], numbers["size_bytes"]
     return [
@@ -118,7 +118,7 @@ def _loss_plot(facts: DemoFacts) -> str:
     records = [json.loads(line) for line in lines]
     steps = [r for r in records if "loss" in r]
     checks = [r for r in records if "validation_loss" in r]
-    vocab_size = _read(facts.train_dir, "summary.json")["vocab_size"]
+    vocab_size = _vocab_size(facts)
     return plots.curves(
         "Loss",
         [
@@ -163,6 +163,10 @@ def _size_plot(search: dict[str, Any]) -> str:
     numbers = search["verdict"]["numbers"]
     values = [numbers["base_size_bytes"] / MIB, numbers["size_bytes"] / MIB]
     return plots.bars("Weights on disk", ["bf16", "published"], values, unit="MiB")
+
+
+def _vocab_size(facts: DemoFacts) -> int:
+    return int(_read(facts.train_dir, "model/config.json")["vocab_size"])
 
 
 def _winner(facts: DemoFacts) -> dict[str, Any]:

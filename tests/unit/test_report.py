@@ -16,7 +16,9 @@ def facts(tmp_path: Path) -> DemoFacts:
     search.mkdir()
     records = [{"step": i, "loss": 8 - i} for i in range(3)] + [{"step": 2, "validation_loss": 4.5}]
     (train / "metrics.jsonl").write_text("\n".join(json.dumps(r) for r in records))
-    (train / "summary.json").write_text(json.dumps({"vocab_size": 4096, "validation_loss": 4.5}))
+    (train / "summary.json").write_text(json.dumps({"validation_loss": 4.5}))
+    (train / "model").mkdir()
+    (train / "model" / "config.json").write_text(json.dumps({"vocab_size": 4096}))
     numbers = {
         "base_perplexity": 90.0,
         "perplexity": 91.0,
