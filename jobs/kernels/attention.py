@@ -58,7 +58,7 @@ def attend_causal(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int | 
     """
     length = q_BTHD.shape[1]
     q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
-    if q_BTHD.device.type == "cpu" and q_BTHD.dtype == torch.bfloat16 and q_BTHD.requires_grad:
+    if q_BTHD.device.type == "cpu" and q_BTHD.dtype == torch.bfloat16:
         return attend_blocked(q_BHTD, k_BKTD, v_BKTD, window).transpose(1, 2)
     mask_TT = None
     if window is not None and window < length:

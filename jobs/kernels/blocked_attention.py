@@ -1,4 +1,4 @@
-"""Causal attention by plain matrix products over blocks of queries, for bfloat16 training on CPU.
+"""Causal attention by plain matrix products over blocks of queries, for bfloat16 on CPU.
 
 Takes queries, keys and values of whole sequences; gives what each query attends to. PyTorch's fused
 CPU kernel saves memory but reaches a fraction of the bfloat16 matrix units: forward and backward of
