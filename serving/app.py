@@ -188,6 +188,7 @@ def _replica(args: ServeArgs, entry: Entry) -> serve.Application:
         num_replicas=args.num_replicas,
         max_ongoing_requests=args.max_accepted_choices + _SERVE_MARGIN,
         graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=2.0,
         ray_actor_options={
             "num_cpus": args.cpus_per_replica,
             "num_gpus": args.gpus_per_replica,

@@ -1,6 +1,7 @@
 """A published model behind Ray Serve, asked over HTTP with the official OpenAI client."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from cluster.session import HeadConfig, start_head, stop_head
+from cluster.session import HeadConfig, Session, start_head, stop_head
 from cluster.storage import write_manifest
 from jobs.config import DecoderConfig
 from jobs.data.tokenizer import load_tokenizer, train_tokenizer
@@ -26,7 +27,7 @@ from serving.gateway.auth import make_key
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 RECIPE = Path(__file__).parents[2] / "deploy" / "recipes" / "serve.yaml"
-MAX_LEN = 8192
+MAX_LEN = 32768
 PROMPTS = [f"def read_{name}(path" for name in ("file", "line", "all", "x" * 50, "é€")] * 4
 
 
@@ -36,6 +37,7 @@ class Service:
     key: str
     model: Decoder
     directory: Path
+    session: Session
 
     def client(self, **options) -> openai.OpenAI:
         options = {"api_key": self.key, "max_retries": 0, "timeout": 60, **options}
@@ -55,7 +57,7 @@ def service(tmp_path_factory):
         deploy(folder, session)
         wait_until_ready(session.serve_url)
         with torch.inference_mode():
-            yield Service(session.serve_url, key, load(directory), directory)
+            yield Service(session.serve_url, key, load(directory), directory, session)
     finally:
         stop_head(session)
         patch.undo()
@@ -85,7 +87,7 @@ def publish(folder: Path) -> Path:
     return entry.path
 
 
-def deploy(folder: Path, session) -> None:
+def deploy(folder: Path, session: Session) -> None:
     """Run `serve deploy` on the recipe, with this test's paths, port and small bounds."""
     config = yaml.safe_load(RECIPE.read_text())
     config["http_options"]["port"] = int(session.serve_url.rpartition(":")[2])
@@ -176,7 +178,7 @@ def test_completion_when_seeded_with_choices_repeats_all_of_them(service):
 
 
 def test_completion_when_prompt_is_too_long_is_400_with_the_code(service):
-    with pytest.raises(openai.BadRequestError, match="8192 tokens") as caught:
+    with pytest.raises(openai.BadRequestError, match="32768 tokens") as caught:
         service.client().completions.create(model="tiny", prompt=[5] * MAX_LEN)
     assert caught.value.code == "context_length_exceeded"
 
@@ -209,9 +211,9 @@ def test_completion_when_header_steers_serve_is_400(service):
 
 
 def long_stream(client: openai.OpenAI, n: int):
-    """Start `n` choices that take many seconds each, and return once they generate."""
+    """Start `n` choices that take half a minute and more, and return once they generate."""
     stream = client.completions.create(
-        model="tiny", prompt="def", max_tokens=8000, temperature=0, n=n, stream=True
+        model="tiny", prompt="def", max_tokens=32000, temperature=0, n=n, stream=True
     )
     next(iter(stream))
     return stream
@@ -222,7 +224,7 @@ def test_stream_when_client_leaves_frees_the_engine(service, n):
     with service.client() as client:
         long_stream(client, n).close()
     # All slots were taken; this waits for them unless the engine was told.
-    quick = service.client(timeout=4).completions.create(model="tiny", prompt="a", max_tokens=2)
+    quick = service.client(timeout=10).completions.create(model="tiny", prompt="a", max_tokens=2)
     assert quick.usage.completion_tokens == 2
     page = httpx.get(f"{service.url}/metrics").text
     assert "raysmith_accepted_choices 0.0" in page
@@ -231,9 +233,9 @@ def test_stream_when_client_leaves_frees_the_engine(service, n):
 def test_completion_when_client_leaves_frees_the_engine(service):
     with pytest.raises(openai.APITimeoutError):
         service.client(timeout=1).completions.create(
-            model="tiny", prompt="def", max_tokens=8000, temperature=0, n=2
+            model="tiny", prompt="def", max_tokens=32000, temperature=0, n=2
         )
-    quick = service.client(timeout=4).completions.create(model="tiny", prompt="a", max_tokens=2)
+    quick = service.client(timeout=10).completions.create(model="tiny", prompt="a", max_tokens=2)
     assert quick.usage.completion_tokens == 2
 
 
@@ -250,3 +252,21 @@ def test_completion_when_server_is_full_is_429_at_once(service):
 
 def test_healthz_when_asked_without_a_key_answers(service):
     assert httpx.get(f"{service.url}/healthz").json() == {"status": "ok"}
+
+
+def test_stream_when_its_replica_is_killed_fails_and_service_recovers(service):
+    with service.client() as client:
+        stream = long_stream(client, 1)
+        os.kill(engine_pid(service.session), signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="replica failed"):
+            list(stream)
+    wait_until_ready(service.url)
+    answer = service.client().completions.create(model="tiny", prompt="a", max_tokens=2)
+    assert answer.usage.completion_tokens == 2
+
+
+def engine_pid(session: Session) -> int:
+    details = session.request("/api/serve/applications/")
+    deployments = details["applications"]["raysmith"]["deployments"]
+    (replica,) = deployments["engine-tiny"]["replicas"]
+    return replica["pid"]
