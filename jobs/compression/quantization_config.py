@@ -1,0 +1,170 @@
+"""The `quantization_config` of a model's config.json, in the compressed-tensors scheme.
+
+Takes the format of each layer, or the parsed document; gives the other. Strict: a format that the
+kernels do not compute is refused by name, never ignored. It does not know about tensors.
+Source: github.com/vllm-project/compressed-tensors, quantization/quant_config.py.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cluster.errors import ModelFormatError
+from jobs.kernels.formats import Layout
+
+KEY = "quantization_config"
+_FORMATS = {"w8a8": "int-quantized", "w4a16": "pack-quantized"}
+_PRESETS = {"W8A8": Layout("w8a8"), "W4A16": Layout("w4a16", 128)}
+_CLASS = "Linear"
+_INT8_PER_TOKEN = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+}
+
+
+def to_document(chosen: Mapping[str, Layout], dense: Iterable[str]) -> dict[str, Any]:
+    """Return the document for quantized layers by name; `dense` are the linear layers left as is.
+
+    Layers of one format form a group that names each of them; a model of one format targets the
+    class `Linear`, as readers expect.
+    """
+    groups: dict[Layout, list[str]] = {}
+    for name, layout in chosen.items():
+        groups.setdefault(layout, []).append(name)
+    assert groups, "a dense model has no quantization_config"
+    formats = {_FORMATS[layout.scheme] for layout in groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{number}": _group(layout, [_CLASS] if len(groups) == 1 else names)
+            for number, (layout, names) in enumerate(groups.items())
+        },
+        "ignore": list(dense),
+        "kv_cache_scheme": None,
+    }
+
+
+def read_layouts(
+    document: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, Layout]:
+    """Return the format of each quantized layer, of the linear layers given with their shapes.
+
+    Raises ModelFormatError for another quantization method or a format that is not supported.
+    """
+    method = document.get("quant_method")
+    if method != "compressed-tensors":
+        raise ModelFormatError(
+            f"{KEY}: quant_method `{method}` is not supported; only `compressed-tensors` is. "
+            "Quantize the dense model again, e.g. with `raysmith compress`."
+        )
+    if document.get("kv_cache_scheme"):
+        raise ModelFormatError(f"{KEY}: a quantized KV cache (kv_cache_scheme) is not supported.")
+    if document.get("quantization_status", "compressed") != "compressed":
+        raise ModelFormatError(
+            f"{KEY}: quantization_status `{document['quantization_status']}` is not supported: the "
+            "weights are not stored compressed. Save the model compressed."
+        )
+    found: dict[str, Layout] = {}
+    ignored = document.get("ignore") or []
+    for name, shape in shapes.items():
+        if not _matches(name, ignored):
+            group = _group_of(name, document["config_groups"])
+            if group is not None:
+                found[name] = _layout(*group, shape[1])
+    return found
+
+
+def _group(layout: Layout, targets: list[str]) -> dict[str, Any]:
+    is_int8 = layout.scheme == "w8a8"
+    return {
+        "targets": targets,
+        "weights": {
+            "num_bits": 8 if is_int8 else 4,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "channel" if is_int8 else "group",
+            "group_size": layout.group_size,
+            "dynamic": False,
+        },
+        "input_activations": dict(_INT8_PER_TOKEN) if is_int8 else None,
+        "output_activations": None,
+        "format": _FORMATS[layout.scheme],
+    }
+
+
+def _group_of(name: str, groups: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """Return the group of a layer: one that names it, else one that targets its class."""
+    by_class = None
+    for key, group in groups.items():
+        targets = group if isinstance(group, list) else group.get("targets") or []
+        if _matches(name, [target for target in targets if target != _CLASS]):
+            return key, group
+        if _CLASS in targets and by_class is None:
+            by_class = (key, group)
+    return by_class
+
+
+def _matches(name: str, targets: Iterable[str]) -> bool:
+    return any(
+        re.match(target.removeprefix("re:"), name) is not None
+        if target.startswith("re:")
+        else target in (name, _CLASS)
+        for target in targets
+    )
+
+
+def _layout(key: str, group: Any, in_features: int) -> Layout:
+    if isinstance(group, list):
+        if key not in _PRESETS:
+            raise ModelFormatError(
+                f"{KEY}: scheme `{key}` is not supported; there are: {', '.join(_PRESETS)}."
+            )
+        return _PRESETS[key]
+    weights: Mapping[str, Any] = group.get("weights") or {}
+    activations: Mapping[str, Any] | None = group.get("input_activations")
+    _check_weights(key, weights)
+    _check_format(key, group)
+    strategy, num_bits = weights.get("strategy"), weights.get("num_bits")
+    if num_bits == 8 and strategy == "channel" and _is_int8_per_token(activations):
+        return Layout("w8a8")
+    if num_bits == 4 and strategy in ("group", "channel") and activations is None:
+        return Layout("w4a16", weights["group_size"] if strategy == "group" else in_features)
+    kind = "no quantized" if activations is None else f"{activations.get('num_bits')}-bit"
+    raise ModelFormatError(
+        f"{KEY}.{key}: {num_bits}-bit weights by {strategy} with {kind} activations are not "
+        "supported. There are: 8-bit by channel with dynamic 8-bit activations per token (W8A8), "
+        "and 4-bit by group or channel with unquantized activations (W4A16)."
+    )
+
+
+def _check_weights(key: str, weights: Mapping[str, Any]) -> None:
+    wanted = {"type": "int", "symmetric": True, "dynamic": False, "actorder": None}
+    for option, value in wanted.items():
+        found = weights.get(option, value)
+        # Static activation order is resolved in the stored weight; only `group` needs an index.
+        if found != value and not (option == "actorder" and found in ("weight", "static", False)):
+            raise ModelFormatError(
+                f"{KEY}.{key}: weights with {option}={found!r} are not supported, only {value!r}."
+            )
+
+
+def _check_format(key: str, group: Mapping[str, Any]) -> None:
+    if group.get("output_activations"):
+        raise ModelFormatError(f"{KEY}.{key}: quantized outputs are not supported.")
+    found = group.get("format")
+    if found is not None and found not in _FORMATS.values():
+        raise ModelFormatError(
+            f"{KEY}.{key}: format `{found}` is not supported; there are: "
+            f"{', '.join(_FORMATS.values())}."
+        )
+
+
+def _is_int8_per_token(activations: Mapping[str, Any] | None) -> bool:
+    return activations is not None and all(
+        activations.get(option) == value for option, value in _INT8_PER_TOKEN.items()
+    )

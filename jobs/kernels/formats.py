@@ -1,0 +1,177 @@
+"""Formats a linear layer's weight may take: dense, W8A8 and W4A16, and arithmetic on them.
+
+Takes dense weights and scales; gives quantized weights, their sizes, and the plain reference of
+what a layer of each format computes. It does not know how weights are chosen, stored on disk or
+laid out for an operator.
+
+O output features, I input features, G groups of inputs that share a scale, N rows
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Scheme = Literal["bf16", "w8a8", "w4a16"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+DEFAULT_GROUP_SIZE = 128
+INT4_PER_INT32 = 8
+_REFERENCE_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one layer's weight is stored: its scheme and, for w4a16, inputs per scale."""
+
+    scheme: Scheme
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.group_size is not None) == (self.scheme == "w4a16"), f"bad layout {self}"
+
+    def num_groups(self, in_features: int) -> int:
+        """Return how many scales one output row has."""
+        return 1 if self.group_size is None else in_features // self.group_size
+
+    def stored_bytes(self, out_features: int, in_features: int) -> int:
+        """Return the bytes of a layer's weight tensors on disk, scales and shape included."""
+        num_weights = out_features * in_features
+        scale_bytes = 2 * out_features * self.num_groups(in_features)
+        if self.scheme == "bf16":
+            return 2 * num_weights
+        if self.scheme == "w8a8":
+            return num_weights + scale_bytes
+        words = -(-in_features // INT4_PER_INT32)
+        return 4 * out_features * words + scale_bytes + 2 * 8
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Symmetric integer weights with their scales: `values_OI * scale_OG` is the weight.
+
+    `values_OI` is int8, in [-128, 127] for w8a8 and [-8, 7] for w4a16 (one value a byte here);
+    `scale_OG` is float32 holding bfloat16 values, G = 1 for w8a8.
+    """
+
+    scheme: Scheme
+    values_OI: Tensor  # noqa: N815
+    scale_OG: Tensor  # noqa: N815
+    group_size: int | None
+
+    def __post_init__(self) -> None:
+        rows, columns = self.values_OI.shape
+        groups = self.layout.num_groups(columns)
+        assert self.scheme != "bf16", "a dense weight is a plain tensor"
+        assert self.values_OI.dtype == torch.int8, f"values are {self.values_OI.dtype}, not int8"
+        assert self.scale_OG.shape == (rows, groups), f"scales are {tuple(self.scale_OG.shape)}"
+        assert columns % groups == 0, f"{columns} inputs do not divide into {groups} groups"
+
+    @property
+    def layout(self) -> Layout:
+        """The scheme with its group size."""
+        return Layout(self.scheme, self.group_size)
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.values_OI.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.values_OI.shape[1]
+
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        """Return the same weight on a device."""
+        return replace(self, values_OI=self.values_OI.to(device), scale_OG=self.scale_OG.to(device))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight_OI these integers stand for."""
+        values_OGS = self.values_OI.float().unflatten(1, (self.scale_OG.shape[1], -1))
+        return (values_OGS * self.scale_OG.float()[:, :, None]).flatten(1).to(dtype)
+
+
+def value_range(scheme: Scheme) -> tuple[int, int]:
+    """Return the smallest and largest integer of a quantized scheme."""
+    assert scheme != "bf16", "a dense weight has no integer range"
+    return (-128, 127) if scheme == "w8a8" else (-8, 7)
+
+
+def round_scale(scale: Tensor) -> Tensor:
+    """Return scales as they are stored (bfloat16 values in float32), 1 where they would be 0."""
+    stored = scale.to(torch.bfloat16).float()
+    return torch.where(stored > 0, stored, 1.0)
+
+
+def round_to_scale(weight_OI: Tensor, scale_OG: Tensor, layout: Layout) -> QuantizedWeight:
+    """Round a dense weight to the nearest integers at given scales, clipped to the range."""
+    low, high = value_range(layout.scheme)
+    scale_OG = round_scale(scale_OG)
+    weight_OGS = weight_OI.float().unflatten(1, (scale_OG.shape[1], -1))
+    values_OGS = (weight_OGS / scale_OG[:, :, None]).round().clamp(low, high)
+    values_OI = values_OGS.flatten(1).to(torch.int8)
+    return QuantizedWeight(layout.scheme, values_OI, scale_OG, layout.group_size)
+
+
+def quantize_rows(x_NI: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize activations symmetrically to int8, one scale a row (token).
+
+    Returns values_NI int8 and scale_N1 float32. This is compressed-tensors' dynamic per-token
+    scheme; rows are independent of each other.
+    """
+    x_NI = x_NI.float()
+    scale_N1 = (x_NI.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(1e-12)
+    return (x_NI / scale_N1).round().clamp(-128, 127).to(torch.int8), scale_N1
+
+
+def reference_linear(x_NI: Tensor, weight: QuantizedWeight) -> Tensor:
+    """Return what a quantized layer computes on x_NI, plainly, in x's dtype; no bias.
+
+    Works on a block of outputs at a time, so a dequantized copy of the weight never exists.
+    """
+    if weight.scheme == "w8a8":
+        values_NI, scale_N1 = quantize_rows(x_NI)
+        y_NO = _by_blocks(values_NI.float(), weight.values_OI)
+        return (y_NO * scale_N1 * weight.scale_OG.float()[:, 0]).to(x_NI.dtype)
+    return torch.cat(
+        [
+            functional.linear(x_NI, _rows(weight, start).dequantize(x_NI.dtype))
+            for start in range(0, weight.out_features, _REFERENCE_BLOCK)
+        ],
+        dim=-1,
+    )
+
+
+def pack_int4(values_OI: Tensor) -> Tensor:
+    """Pack int4 values (one a byte) eight to an int32, first value in the lowest bits.
+
+    This is compressed-tensors' `pack-quantized`: values are offset by 8, rows padded to a word.
+    """
+    values_OI = functional.pad(values_OI.to(torch.int32) + 8, (0, -values_OI.shape[1] % 8))
+    values_OWE = values_OI.unflatten(1, (-1, INT4_PER_INT32))
+    shifts_E = torch.arange(0, 32, 4, dtype=torch.int32, device=values_OI.device)
+    # Nibbles do not overlap, so the sum is their union; the top one wraps into the sign bit.
+    return (values_OWE << shifts_E).sum(dim=-1, dtype=torch.int64).to(torch.int32)
+
+
+def unpack_int4(packed_OW: Tensor, in_features: int) -> Tensor:
+    """Return the int8 values_OI of `pack_int4`."""
+    shifts_E = torch.arange(0, 32, 4, dtype=torch.int32, device=packed_OW.device)
+    nibbles_OWE = (packed_OW[:, :, None] >> shifts_E) & 0xF
+    return (nibbles_OWE.flatten(1)[:, :in_features] - 8).to(torch.int8).contiguous()
+
+
+def _by_blocks(x_NI: Tensor, values_OI: Tensor) -> Tensor:
+    return torch.cat(
+        [functional.linear(x_NI, block.float()) for block in values_OI.split(_REFERENCE_BLOCK)],
+        dim=-1,
+    )
+
+
+def _rows(weight: QuantizedWeight, start: int) -> QuantizedWeight:
+    chosen = slice(start, start + _REFERENCE_BLOCK)
+    return QuantizedWeight(
+        weight.scheme, weight.values_OI[chosen], weight.scale_OG[chosen], weight.group_size
+    )
