@@ -17,11 +17,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
 from cluster import processes
-from cluster.config import StrictModel
 from cluster.errors import ClusterError, VersionMismatchError
+from cluster.head import MARKER, HeadConfig, head_command, head_environment
 from cluster.session_state import (
     Session,
     find_session,
@@ -32,7 +30,7 @@ from cluster.session_state import (
     save_session,
     write_private,
 )
-from cluster.storage import MIB, check_name, home, storage_errors
+from cluster.storage import check_name, home, storage_errors
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -50,23 +48,9 @@ __all__ = [
     "stop_head",
 ]
 
-MARKER = "RAYSMITH_HEAD_ID"
 START_TIMEOUT_S = 60.0
 _SERVE_SHUTDOWN_TIMEOUT_S = 6.0
 _HEAD_GRACE_S = 8.0
-# Ray tells its own drivers where they are; a head that inherits these refuses to start.
-_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS")
-
-
-class HeadConfig(StrictModel):
-    """A local head node; port 0 picks a free one."""
-
-    name: str = Field("default", description="Name of the session.")
-    num_cpus: int | None = Field(None, ge=1, description="CPUs to offer; unset: all.")
-    gcs_port: int = Field(6379, ge=0, le=65535, description="Port that drivers connect to.")
-    dashboard_port: int = Field(8265, ge=0, le=65535, description="Port of jobs API and pages.")
-    serve_port: int = Field(8000, ge=0, le=65535, description="Port of the Ray Serve proxy.")
-    object_store_bytes: int = Field(512 * MIB, ge=80 * MIB, description="Shared object memory.")
 
 
 def start_head(config: HeadConfig) -> Session:
@@ -143,7 +127,7 @@ def join(address: str) -> None:
     try:
         ray.init(address=address, logging_level="WARNING", log_to_driver=True)
     except Exception as error:  # Ray's own errors have no common base
-        raise _translate(address, error) from error
+        raise translate_error(address, error) from error
 
 
 def job_client(session: Session) -> "JobSubmissionClient":
@@ -160,19 +144,8 @@ def job_client(session: Session) -> "JobSubmissionClient":
         ) from error
 
 
-def _adopt(session: Session) -> None:
-    """Use a session's address and token in this process, also if ray was imported before."""
-    os.environ.update(session.environment())
-    if "ray" in sys.modules:
-        # Ray reads mode and token once. Its own authentication_token_setup.py refreshes them in
-        # this way after it has changed the environment.
-        import ray._raylet
-
-        ray._raylet.Config.initialize("")
-        ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
-
-
-def _translate(address: str, error: Exception) -> ClusterError:
+def translate_error(address: str, error: Exception) -> ClusterError:
+    """Return the error for what Ray said when it refused to join `address`."""
     text = str(error).strip()
     if "Version mismatch" in text:
         return VersionMismatchError(
@@ -189,6 +162,18 @@ def _translate(address: str, error: Exception) -> ClusterError:
         f"the Ray cluster at {address} cannot be joined: {text} Check `raysmith status`, "
         "or start a cluster with `raysmith up`."
     )
+
+
+def _adopt(session: Session) -> None:
+    """Use a session's address and token in this process, also if ray was imported before."""
+    os.environ.update(session.environment())
+    if "ray" in sys.modules:
+        # Ray reads mode and token once. Its own authentication_token_setup.py refreshes them in
+        # this way after it has changed the environment.
+        import ray._raylet
+
+        ray._raylet.Config.initialize("")
+        ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _draft(config: HeadConfig) -> Session:
@@ -220,8 +205,8 @@ def _launch(config: HeadConfig, draft: Session) -> Session:
         write_private(Path(draft.token_path), secrets.token_hex(32).encode())
         with draft.log_path.open("wb") as log:
             process = subprocess.Popen(
-                _command(config, draft),
-                env=_head_environment(draft),
+                head_command(config, draft),
+                env=head_environment(draft),
                 cwd=draft.home,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -237,40 +222,6 @@ def _launch(config: HeadConfig, draft: Session) -> Session:
         raise
     process.returncode = 0  # the head outlives this process: Popen shall not warn of it
     return session
-
-
-def _command(config: HeadConfig, draft: Session) -> list[str]:
-    options = {
-        "node-ip-address": processes.LOOPBACK,
-        "port": draft.address.rpartition(":")[2],
-        "dashboard-host": processes.LOOPBACK,
-        "dashboard-port": draft.dashboard_url.rpartition(":")[2],
-        "dashboard-agent-listen-port": 0,
-        "ray-client-server-port": processes.pick_port(0, "Ray Client", "gcs_port"),
-        "min-worker-port": 0,
-        "max-worker-port": 0,
-        "temp-dir": draft.temp_dir,
-        "object-store-memory": config.object_store_bytes,
-        "num-cpus": config.num_cpus or os.cpu_count() or 1,
-    }
-    flags = [f"--{key}={value}" for key, value in options.items()]
-    ray_cli = "from ray.scripts.scripts import main; main()"
-    return [sys.executable, "-c", ray_cli, "start", "--head", "--block", *flags]
-
-
-def _head_environment(draft: Session) -> dict[str, str]:
-    merged = {**os.environ, **draft.environment()}
-    scripts = str(Path(sys.prefix) / "bin")
-    return {
-        **{key: value for key, value in merged.items() if key not in _ADDRESSES},
-        MARKER: draft.head_id,
-        "PATH": scripts + os.pathsep + os.environ.get("PATH", os.defpath),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Synchronous reports of Ray Train wait for this poll; its default is 2 s.
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
-        # A local head has no traffic to move elsewhere; the default waits 30 s for that.
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    }
 
 
 def _wait_ready(session: Session) -> None:
