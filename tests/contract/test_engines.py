@@ -15,7 +15,9 @@ from cluster.errors import (
     RequestError,
 )
 from cluster.storage import write_manifest
-from jobs.config import DecoderConfig
+from jobs.compression.packing import load_model, save_compressed
+from jobs.compression.recipe import apply_recipe
+from jobs.config import DecoderConfig, Recipe, Step
 from jobs.data.tokenizer import load_tokenizer, train_tokenizer
 from jobs.evaluation.quality import greedy_reference
 from jobs.models.decoder import build, load, save
@@ -88,6 +90,26 @@ def test_generate_when_greedy_equals_the_plain_forward_for_every_batch(engine, r
 
     answers = [tokens_of(chunks) for chunks in asyncio.run(ask_all())]
     assert answers == [greedy_reference(reference, p, 20, {1}) for p in PROMPTS]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # zentorch's first import
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
+def test_generate_when_model_is_quantized_equals_the_plain_forward(plugin, tmp_path, scheme):
+    shape = SHAPE.replace(hidden_size=128, intermediate_size=256)
+    recipe = Recipe(steps=(Step(method="rtn", options={"scheme": scheme}),))
+    train_tokenizer(["def read_file(path): return path\n" * 20], 300, tmp_path)
+    save_compressed(apply_recipe(build(shape, seed=4), recipe), tmp_path)
+    write_manifest(tmp_path, {"kind": "model"})
+    plain = load_model(tmp_path).model
+    engine = plugin.create(tmp_path, {"max_slots": 4, "max_batch_tokens": 16})
+
+    async def ask_all():
+        return await asyncio.gather(*(chunks_of(engine, p, max_tokens=12) for p in PROMPTS))
+
+    answers = [tokens_of(chunks) for chunks in asyncio.run(ask_all())]
+    engine.close()
+    assert scheme in engine.info().schemes.values()
+    assert answers == [greedy_reference(plain, p, 12, {1}) for p in PROMPTS]
 
 
 def test_generate_when_done_says_why_once_and_last(engine):
