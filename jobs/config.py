@@ -209,6 +209,7 @@ class CompressConfig(StrictModel):
     """Apply one recipe to one model."""
 
     model: str = Field(description="Directory, or name@version in the registry.")
+    registry: str = Field("runs/registry", description="Folder of the registry.")
     output: str = Field(description="Directory to write; must not exist.")
     recipe: Recipe = Field(Recipe(), description="What is done to it.")
 

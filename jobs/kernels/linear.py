@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jobs.kernels.formats import QuantizedWeight, Scheme
-from jobs.kernels.operators import Operator, Problem, choose, find
+from jobs.kernels.operator import Operator, Problem
+from jobs.kernels.operators import choose, find
 
 
 class DenseLinear(nn.Module):

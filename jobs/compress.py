@@ -1,0 +1,121 @@
+"""`python -m jobs.compress --config f.yaml`: apply one recipe to one model.
+
+Takes a CompressConfig; gives a new model directory with packed weights, the dense model's
+tokenizer, and a manifest that says where it came from. Whether it is any good is for evaluation.
+"""
+
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import VersionExistsError
+from cluster.storage import MANIFEST, resolve_output, staged_directory, verify_directory
+from jobs.compression.packing import save_compressed
+from jobs.compression.recipe import apply_recipe, layouts, predicted_bytes
+from jobs.config import CompressConfig, DecoderConfig, Recipe
+from jobs.entry import Job, Rows, run_job
+from jobs.models import _hf, decoder
+from jobs.registry import find_model
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
+
+
+def compress(config: CompressConfig) -> Path:
+    """Write the compressed model and return its directory; nothing is left on any failure.
+
+    A source with a manifest is checked against it first. Raises VersionExistsError if the output
+    exists, ModelNotFoundError or ModelFormatError for the source, RecipeError for the recipe.
+    """
+    source, target = _paths(config)
+    predicted_bytes(_shape(source), config.recipe)  # A wrong recipe fails before weights are read.
+    parent = _parent(source)
+    compressed = apply_recipe(decoder.load(source), config.recipe)
+    manifest = {
+        "kind": "model",
+        "recipe": config.recipe.model_dump(mode="json"),
+        "metrics": {"weight_bytes": predicted_bytes(compressed.model.config, config.recipe)},
+        "lineage": {
+            **parent.get("lineage", {}),
+            "parent": config.model,
+            "parent_digest": parent.get("self_sha256"),
+        },
+    }
+    with staged_directory(target, manifest) as staging:
+        save_compressed(compressed, staging)
+        _copy_companions(source, staging)
+    return target
+
+
+def plan_rows(config: CompressConfig) -> Rows:
+    """Return what would be written and how large it is, without reading weights."""
+    source, target = _paths(config)
+    shape = _shape(source)
+    dense_bytes = predicted_bytes(shape, Recipe())
+    small_bytes = predicted_bytes(shape, config.recipe)
+    schemes = [layout.scheme for layout in layouts(shape, config.recipe).values()]
+    counts = ", ".join(f"{schemes.count(s)} {s}" for s in sorted(set(schemes)))
+    return [
+        ("model", str(source)),
+        ("output", str(target)),
+        ("linear layers", counts),
+        ("weights, bytes", f"{small_bytes:,}"),
+        ("share of bf16", f"{small_bytes / dense_bytes:.1%}"),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compress a model; return the exit code."""
+    return run_job(JOB, argv)
+
+
+def _run(config: CompressConfig) -> Mapping[str, Any]:
+    target = compress(config)
+    shape = _shape(target)
+    size_bytes = predicted_bytes(shape, config.recipe)
+    return {
+        "model": str(target),
+        "weight_bytes": size_bytes,
+        "size_ratio": size_bytes / predicted_bytes(shape, Recipe()),
+    }
+
+
+def _paths(config: CompressConfig) -> tuple[Path, Path]:
+    source, target = resolve_output(config.model), resolve_output(config.output)
+    if target.exists():
+        raise VersionExistsError(
+            f"`output` = {target} exists and is never overwritten. Choose another name."
+        )
+    if not source.is_dir():
+        source = find_model(config.model, resolve_output(config.registry))
+    return source, target
+
+
+def _shape(directory: Path) -> DecoderConfig:
+    return _hf.from_hf_config(_hf.read_config(directory))
+
+
+def _parent(source: Path) -> dict[str, Any]:
+    """Return the source's manifest, checked; empty for a plain Hugging Face directory."""
+    return verify_directory(source) if (source / MANIFEST).is_file() else {}
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    """Copy what lies beside the weights (tokenizer, chat template, end tokens, licence)."""
+    for path in source.iterdir():
+        is_ours = path.name in (MANIFEST, _hf.CONFIG) or path.name.startswith(".")
+        if path.is_file() and not is_ours and not path.name.endswith(_WEIGHTS):
+            shutil.copyfile(path, target / path.name)
+
+
+JOB = Job(
+    name="compress",
+    help="Apply one compression recipe to one model.",
+    config=CompressConfig,
+    plan=plan_rows,
+    run=_run,
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

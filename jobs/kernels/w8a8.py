@@ -1,0 +1,95 @@
+"""Operators for W8A8: int8 weights per output channel, int8 activations per token.
+
+Takes rows of activations and a packed weight; gives rows of outputs. All quantize activations as
+formats.quantize_rows does, so they differ from the reference by rounding of the result alone.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from jobs.kernels.formats import QuantizedWeight, quantize_rows, reference_linear
+from jobs.kernels.operator import Operator, Packed, Problem, add_bias, never_refuses
+
+_INT_MM_MIN_ROWS = 32
+
+
+@functools.cache
+def _load_zentorch() -> str | None:
+    """Import zentorch; return why it cannot be used, or None."""
+    if importlib.util.find_spec("zentorch") is None:
+        return "zentorch is not installed (pip install 'raysmith[fast]')"
+    # Without this the library packs weights by one block size and multiplies by another, chosen
+    # from the number of rows: for wide layers its prepacked results are wrong (zentorch 2.13.0.2).
+    os.environ.setdefault("ZENDNNL_DLP_M_HINT", "0")
+    try:
+        importlib.import_module("zentorch")
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"zentorch does not load: {error}"
+    return None
+
+
+def _refuses_zentorch(problem: Problem) -> str | None:
+    if problem.device.type != "cpu":
+        return "it runs on CPUs only"
+    if problem.dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes float32 and bfloat16, not {problem.dtype}"
+    return _load_zentorch()
+
+
+def _pack_zentorch(weight: QuantizedWeight, problem: Problem) -> Packed:
+    ops = torch.ops.zentorch
+    packed = ops.zentorch_weight_prepack_for_dynamic_qlinear(weight.values_OI.contiguous())
+    return packed, weight.scale_OG[:, 0].contiguous()
+
+
+def _run_zentorch(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
+    return torch.ops.zentorch.zentorch_dynamic_qlinear(
+        x_NI.contiguous(), packed[0], packed[1], bias_O, is_weight_prepacked=True
+    )
+
+
+def _refuses_int_mm(problem: Problem) -> str | None:
+    if problem.device.type == "cpu":
+        return None
+    if problem.device.type != "cuda":
+        return f"it runs on CPUs and CUDA, not {problem.device.type}"
+    if problem.out_features % 8 or problem.in_features % 8:
+        return "CUDA's int8 product needs features that are multiples of 8"
+    return None
+
+
+def _pack_int_mm(weight: QuantizedWeight, problem: Problem) -> Packed:
+    return weight.values_OI.contiguous(), weight.scale_OG[:, 0].contiguous()
+
+
+def _run_int_mm(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
+    values_NI, scale_N1 = quantize_rows(x_NI)
+    rows = values_NI.shape[0]
+    if values_NI.is_cuda:  # CUDA's product takes more than 16 rows, in multiples of 8.
+        missing = max(_INT_MM_MIN_ROWS - rows, -rows % 8)
+        values_NI = functional.pad(values_NI, (0, 0, 0, missing))
+    y_NO = torch._int_mm(values_NI, packed[0].t())[:rows].float()
+    return add_bias((y_NO * scale_N1 * packed[1]).to(x_NI.dtype), bias_O)
+
+
+def _pack_reference(weight: QuantizedWeight, problem: Problem) -> Packed:
+    return weight.values_OI, weight.scale_OG
+
+
+def _run_reference(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
+    return add_bias(
+        reference_linear(x_NI, QuantizedWeight("w8a8", packed[0], packed[1], None)), bias_O
+    )
+
+
+OPERATORS = (
+    Operator("zentorch", "w8a8", _refuses_zentorch, _pack_zentorch, _run_zentorch),
+    Operator("int_mm", "w8a8", _refuses_int_mm, _pack_int_mm, _run_int_mm),
+    Operator("reference", "w8a8", never_refuses, _pack_reference, _run_reference),
+)
