@@ -12,6 +12,7 @@ CPUs the writer would only compete with training for the same cores.
 
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ class Checkpoints:
         self._world = world
         self._identity = dict(identity)
         self._num_kept = num_kept
-        self._is_async = is_async
+        self._is_async = is_async and distributed.is_initialized()
         self._pending: tuple[Future[Any], int] | None = None
         # A group of its own, so that writing beside training cannot mix up their messages.
         self._group = distributed.new_group(backend="gloo") if is_async and world.size > 1 else None
@@ -106,7 +107,8 @@ class Checkpoints:
         if newest is None:
             return 0
         check_identity(newest.identity, self._identity, newest.path)
-        load(dict(tensors), checkpoint_id=newest.path, no_dist=self._world.size == 1)
+        with _single_process_is_intended():
+            load(dict(tensors), checkpoint_id=newest.path)
         return newest.step
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
@@ -119,16 +121,14 @@ class Checkpoints:
                 staging.mkdir(parents=True)
         self._world.barrier()
         writer = FileSystemWriter(staging, sync_files=False)
-        no_dist = self._world.size == 1
         with _write_errors(staging):
             if self._is_async:
-                future = async_save(
-                    tensors, storage_writer=writer, process_group=self._group, no_dist=no_dist
-                )
+                future = async_save(tensors, storage_writer=writer, process_group=self._group)
                 assert isinstance(future, Future), "the default stager copies before it returns"
                 self._pending = (future, step)
                 return
-            save(tensors, storage_writer=writer, no_dist=no_dist)
+            with _single_process_is_intended():
+                save(tensors, storage_writer=writer)
         self._publish(step)
 
     def poll(self) -> None:
@@ -161,6 +161,14 @@ class Checkpoints:
 
     def _staging(self, step: int) -> Path:
         return self._folder / f".step-{step:08d}.writing.tmp"
+
+
+@contextmanager
+def _single_process_is_intended() -> Iterator[None]:
+    """Silence the warning that there is no process group: one worker needs none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 @contextmanager
