@@ -5,9 +5,10 @@ formats.quantize_rows does, so they differ from the reference by rounding of the
 """
 
 import functools
-import importlib
 import importlib.util
 import os
+import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,17 +22,34 @@ _INT_MM_MIN_ROWS = 32
 
 @functools.cache
 def _load_zentorch() -> str | None:
-    """Import zentorch; return why it cannot be used, or None."""
-    if importlib.util.find_spec("zentorch") is None:
+    """Load zentorch's operators; return why they cannot be used, or None.
+
+    The library is loaded without its Python package, which would import all of torch's compiler
+    (3 s and 120 MB a process) to register fusions that are not used here.
+    """
+    found = importlib.util.find_spec("zentorch")
+    if found is None or found.origin is None:
         return "zentorch is not installed (pip install 'raysmith[fast]')"
+    folder = Path(found.origin).parent
+    built_for = _torch_version_of(folder / "_build_info.py")
+    if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return f"zentorch is built for torch {built_for}, and this is torch {torch.__version__}"
     # Without this the library packs weights by one block size and multiplies by another, chosen
     # from the number of rows: for wide layers its prepacked results are wrong (zentorch 2.13.0.2).
     os.environ.setdefault("ZENDNNL_DLP_M_HINT", "0")
     try:
-        importlib.import_module("zentorch")
-    except (ImportError, OSError, RuntimeError) as error:
+        torch.ops.load_library(folder / "libzentorch.so")
+    except OSError as error:
         return f"zentorch does not load: {error}"
     return None
+
+
+def _torch_version_of(build_info: Path) -> str:
+    """Return the torch version a zentorch installation was built for, "" if it does not say."""
+    if not build_info.is_file():
+        return ""
+    match = re.search(r"__torchversion__\s*=\s*[\"']([^\"']+)", build_info.read_text())
+    return match[1] if match else ""
 
 
 def _refuses_zentorch(problem: Problem) -> str | None:

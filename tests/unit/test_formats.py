@@ -1,0 +1,106 @@
+"""Arithmetic on quantized formats against plain definitions and compressed-tensors' own code."""
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+from jobs.kernels.formats import (
+    Layout,
+    QuantizedWeight,
+    pack_int4,
+    quantize_rows,
+    reference_linear,
+    round_scale,
+    round_to_scale,
+    unpack_int4,
+)
+
+
+def random_weight(rows: int, columns: int, layout: Layout) -> QuantizedWeight:
+    weight_OI = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+    groups = layout.num_groups(columns)
+    largest_OG = weight_OI.unflatten(1, (groups, -1)).abs().amax(dim=-1)
+    return round_to_scale(weight_OI, largest_OG / (127 if layout.scheme == "w8a8" else 7), layout)
+
+
+@pytest.mark.parametrize("columns", [8, 13, 128, 129])
+def test_int4_when_packed_equals_compressed_tensors_and_unpacks(columns: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    values_OI = torch.randint(-8, 8, (5, columns), dtype=torch.int8, generator=generator)
+    packed_OW = pack_int4(values_OI)
+    theirs_OW = pack_to_int32(values_OI, 4)
+    low_nibbles = columns % 8 or 8  # Padding is theirs to choose: compare what holds values.
+    mask = (1 << 4 * low_nibbles) - 1
+    assert torch.equal(packed_OW[:, :-1], theirs_OW[:, :-1])
+    assert torch.equal(packed_OW[:, -1].long() & mask, theirs_OW[:, -1].long() & mask)
+    assert torch.equal(unpack_int4(packed_OW, columns), values_OI)
+
+
+@pytest.mark.parametrize("layout", [Layout("w8a8"), Layout("w4a16", 16)])
+def test_rounding_when_at_scale_errs_at_most_half_a_step(layout: Layout) -> None:
+    weight_OI = torch.randn(6, 48, generator=torch.Generator().manual_seed(1))
+    weight = random_weight(6, 48, layout)
+    step_OG1 = weight.scale_OG[:, :, None]
+    error_OGS = (weight.dequantize() - weight_OI).unflatten(1, (step_OG1.shape[1], -1)).abs()
+    # The stored scale is rounded to bfloat16, so the largest weight may be clipped a little.
+    assert bool((error_OGS <= step_OG1 * 1.01).all())
+    assert bool((error_OGS.mean(dim=-1, keepdim=True) <= 0.5 * step_OG1).all())
+
+
+def test_rounding_when_values_exceed_the_range_clips() -> None:
+    weight_OI = torch.tensor([[100.0, -100.0, 0.4, -0.6]])
+    rounded = round_to_scale(weight_OI, torch.ones(1, 1), Layout("w4a16", 4))
+    assert rounded.values_OI.tolist() == [[7, -8, 0, -1]]
+
+
+def test_scale_when_all_weights_are_zero_is_one() -> None:
+    assert round_scale(torch.zeros(2, 1)).tolist() == [[1.0], [1.0]]
+
+
+def test_activations_when_a_row_changes_leave_other_rows_alone() -> None:
+    x_NI = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
+    values_NI, scale_N1 = quantize_rows(x_NI)
+    x_NI[2] *= 1000
+    changed_NI, changed_N1 = quantize_rows(x_NI)
+    assert torch.equal(values_NI[:2], changed_NI[:2])
+    assert torch.equal(scale_N1[:2], changed_N1[:2])
+    assert values_NI.abs().amax(dim=1).tolist() == [127, 127, 127]
+
+
+def test_activations_when_a_row_is_zero_stay_finite() -> None:
+    values_NI, scale_N1 = quantize_rows(torch.zeros(1, 4))
+    assert values_NI.tolist() == [[0, 0, 0, 0]]
+    assert bool(torch.isfinite(scale_N1).all())
+
+
+def test_reference_when_w4a16_is_the_dequantized_product() -> None:
+    weight = random_weight(300, 64, Layout("w4a16", 32))
+    x_NI = torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(
+        reference_linear(x_NI, weight), x_NI @ weight.dequantize().T, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_reference_when_w8a8_is_the_product_of_rounded_activations() -> None:
+    weight = random_weight(300, 64, Layout("w8a8"))
+    x_NI = torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
+    values_NI, scale_N1 = quantize_rows(x_NI)
+    expected_NO = (values_NI * scale_N1) @ weight.dequantize().T
+    torch.testing.assert_close(reference_linear(x_NI, weight), expected_NO, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected_bytes"),
+    [
+        (Layout("bf16"), 2 * 10 * 256),
+        (Layout("w8a8"), 10 * 256 + 2 * 10),
+        (Layout("w4a16", 128), 10 * 128 + 2 * 10 * 2 + 16),
+    ],
+)
+def test_stored_bytes_when_counted_include_scales(layout: Layout, expected_bytes: int) -> None:
+    assert layout.stored_bytes(10, 256) == expected_bytes
+
+
+def test_weight_when_scales_do_not_fit_is_a_bug() -> None:
+    with pytest.raises(AssertionError, match="scales are"):
+        QuantizedWeight("w8a8", torch.zeros(4, 8, dtype=torch.int8), torch.ones(4, 2), None)
