@@ -167,10 +167,20 @@ def _describe_options(step: Step) -> str:
 def _describe_targets(step: Step) -> str:
     if step.targets == ("*",):
         return "all"
-    blocks: dict[str, list[str]] = {}
+    blocks: dict[str, list[int]] = {}
     for target in step.targets:
         found = _GROUP_TARGET.fullmatch(target)
         if found is None:
             return ", ".join(step.targets)
-        blocks.setdefault(found["part"], []).append(found["block"])
-    return ", ".join(f"{part} {'+'.join(numbers)}" for part, numbers in blocks.items())
+        blocks.setdefault(found["part"], []).append(int(found["block"]))
+    return ", ".join(f"{part} {_ranges(numbers)}" for part, numbers in blocks.items())
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return "+".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

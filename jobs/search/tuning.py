@@ -7,6 +7,7 @@ own checkpoints are not used, because the journal is enough to go on from.
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import uuid
@@ -40,6 +41,8 @@ def run_tasks(search: Search, journal: Journal) -> Finish:
     """
     config = search.config
     os.environ.update(_ENVIRONMENT)
+    # It warns about every trial whose result files the loggers, switched off above, did not write.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     queue = TaskQueue(search, journal)
     attempt = f"attempt-{uuid.uuid4().hex[:8]}"
     tuner = tune.Tuner(

@@ -1,0 +1,128 @@
+"""A model measured beside its origin: judged, recorded in its manifest, published."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.errors import ConfigError, GateRefusedError, IntegrityError, ModelFormatError
+from cluster.storage import read_manifest, staged_directory, verify_directory
+from jobs.compression.packing import save_compressed
+from jobs.compression.recipe import apply_recipe
+from jobs.config import DecoderConfig, EvaluateConfig, PublishConfig, Recipe, Step
+from jobs.data.tokens import DATA_KIND, SPLITS
+from jobs.evaluate import main
+from jobs.evaluation.compare import evaluate
+from jobs.models.decoder import build, save
+from jobs.publish import publish
+
+DECODER = DecoderConfig(
+    vocab_size=128,
+    hidden_size=128,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    max_seq_len=48,
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    recipe = Recipe(steps=(Step(method="rtn", options={"scheme": "w4a16"}),))
+    with staged_directory(folder / "base", {"kind": "model"}) as staging:
+        save(build(DECODER, seed=0), staging)
+    compressed = apply_recipe(build(DECODER, seed=0), recipe)
+    with staged_directory(folder / "small", {"kind": "model", "metrics": {"a": 1}}) as staging:
+        save_compressed(compressed, staging)
+    generator = np.random.default_rng(0)
+    splits: dict[str, Any] = {}
+    manifest = {"kind": DATA_KIND, "dtype": "<u2", "vocab_size": 128, "splits": splits}
+    with staged_directory(folder / "data", manifest) as staging:
+        for split in SPLITS:
+            tokens = generator.integers(0, 128, 1000).astype("<u2")
+            (staging / f"{split}.bin").write_bytes(tokens.tobytes())
+            splits[split] = {"shards": [f"{split}.bin"], "num_tokens": 1000, "num_documents": 1}
+    return folder
+
+
+def _config(made: Path, **changes: object) -> EvaluateConfig:
+    values: dict[str, object] = {
+        "model": str(made / "small"),
+        "base": str(made / "base"),
+        "data": str(made / "data"),
+        "registry": str(made / "registry"),
+        "seq_len": 32,
+        "gate": {"eval_sequences": 16, "bootstrap_samples": 200, "max_size_ratio": 0.6},
+    }
+    return EvaluateConfig.model_validate({**values, **changes})
+
+
+def test_evaluate_when_the_model_is_compressed_measures_both_and_passes(made: Path) -> None:
+    found = evaluate(_config(made))
+    numbers = found.verdict.numbers
+    assert found.verdict.passed
+    assert numbers["num_sequences"] == 16
+    weights = sum(path.stat().st_size for path in (made / "small").glob("*.safetensors"))
+    assert numbers["size_bytes"] == weights
+    assert found.latency.p50_ms > 0
+    assert found.latency.weight_bytes < found.base_latency.weight_bytes
+    assert "gate" not in read_manifest(made / "small")
+
+
+def test_evaluate_when_the_model_is_its_own_base_refuses_it(made: Path) -> None:
+    found = evaluate(_config(made, model=str(made / "base")))
+    assert not found.verdict.passed
+    assert "not smaller" in found.verdict.reasons[0]
+    assert found.verdict.numbers["perplexity_increase"] == 0.0
+
+
+def test_evaluate_when_recorded_lets_the_model_be_published(made: Path) -> None:
+    target = PublishConfig(registry=str(made / "registry"), name="m")
+    with pytest.raises(GateRefusedError, match="no gate verdict"):
+        publish(made / "small", target)
+    evaluate(_config(made, record=True))
+    manifest = verify_directory(made / "small")
+    assert manifest["metrics"]["a"] == 1
+    entry = publish(made / "small", target)
+    assert entry.metrics["size_ratio"] == manifest["gate"]["numbers"]["size_ratio"]
+    assert evaluate(_config(made, model="m@production")).verdict.passed
+    with pytest.raises(ConfigError, match="never changed"):
+        evaluate(_config(made, model="m@production", record=True))
+
+
+def test_evaluate_when_a_file_is_damaged_is_refused(made: Path, tmp_path: Path) -> None:
+    with staged_directory(tmp_path / "m", {"kind": "model"}) as staging:
+        save(build(DECODER, seed=0), staging)
+    path = tmp_path / "m" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(IntegrityError, match=r"model\.safetensors"):
+        evaluate(_config(made, model=str(tmp_path / "m")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"seq_len": 64}, ConfigError, "48 positions"),
+        ({"gate": {"eval_sequences": 500}}, ConfigError, "eval_sequences"),
+        ({"base": "nowhere"}, ModelFormatError, "no such directory"),
+    ],
+)
+def test_evaluate_when_the_input_is_wrong_says_so(
+    made: Path, changes: dict[str, object], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        evaluate(_config(made, **changes))
+
+
+def test_evaluate_main_when_dry_run_prints_the_plan(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = _config(made).model_dump(mode="json", include={"model", "base", "data", "seq_len"})
+    arguments = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    arguments += ["--set", "gate.eval_sequences=16", "--dry-run", "--json"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["sequences"] == "16 of 32 tokens"
