@@ -41,7 +41,7 @@ def head_command(config: HeadConfig, session: Session) -> list[str]:
         "ray-client-server-port": processes.pick_port(0, "Ray Client", "gcs_port"),
         "min-worker-port": 0,
         "max-worker-port": 0,
-        "temp-dir": session.temp_dir,
+        "temp-dir": session.ray_dir,
         "object-store-memory": config.object_store_bytes,
     }
     if config.num_cpus is not None:  # otherwise Ray counts, and knows containers

@@ -35,13 +35,18 @@ class Session(StrictModel):
         description="Where the Ray Serve proxy listens once something is served."
     )
     token_path: str = Field(description="File with the cluster's token, readable by its owner.")
-    temp_dir: str = Field(description="Ray's folder: sockets, logs, this session's token.")
+    temp_dir: str = Field(description="Private folder of this session: token, log, Ray's files.")
     home: str = Field(description="Folder that relative output paths of its jobs start from.")
 
     @property
     def serve_port(self) -> int:
         """Port of the Ray Serve proxy, for `http_options.port`."""
         return int(self.serve_url.rpartition(":")[2])
+
+    @property
+    def ray_dir(self) -> str:
+        """Folder that Ray is given: it makes it writable for all, so its parent keeps others out."""
+        return str(Path(self.temp_dir) / "r")
 
     @property
     def log_path(self) -> Path:

@@ -19,15 +19,10 @@ def test_catalogue_entry_has_prices_and_dated_sources(name: str) -> None:
     assert any("spot" in source.what for source in entry.sources)
 
 
-def test_catalogue_names_and_aliases_are_unique() -> None:
-    spellings = [
-        name.lower()
-        for entry in load_catalogue().accelerators
-        for name in (entry.name, *entry.aliases)
-    ]
+def test_catalogue_every_name_and_alias_finds_its_own_entry() -> None:
     entries = load_catalogue().accelerators
-    assert len({entry.name for entry in entries}) == len(entries)
-    assert all(load_catalogue().match(spelling) is not None for spelling in spellings)
+    owners = [(name, entry) for entry in entries for name in {entry.name, *entry.aliases}]
+    assert all(load_catalogue().find(name) is entry for name, entry in owners)
 
 
 @pytest.mark.parametrize(

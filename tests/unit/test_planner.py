@@ -30,6 +30,7 @@ DEMAND = TrainingDemand(
     num_workers=2,
     cpus_per_worker=1,
 )
+ON_ONE_GPU = DEMAND.replace(num_workers=1, gpus_per_worker=1)
 EIGHT_BILLION = DEMAND.replace(
     parameters=8_030_261_248,
     matmul_parameters=7_504_658_432,
@@ -70,7 +71,7 @@ def test_plan_itemises_weights_gradients_and_moments_in_float32() -> None:
 def test_memory_is_within_a_quarter_of_measured_runs(
     precision: str, size: int, layers: int, tokens: int, measured_mib: int
 ) -> None:
-    """Growth of peak resident size over imports: 8 sequences, vocabulary 4096, torch 2.13 on CPU."""
+    """Measured: growth of peak resident size over imports, 8 sequences, 4096 words, torch 2.13."""
     block = size * (3 * size + 9 * size)
     heads = 4096 * size
     demand = DEMAND.replace(
@@ -130,7 +131,7 @@ def test_plan_on_gpus_counts_device_memory_and_price() -> None:
 
 def test_plan_on_spot_nodes_uses_the_spot_price() -> None:
     inventory = machines(8, gpus=1, accelerator="H100", is_spot=True)
-    result = plan(DEMAND.replace(num_workers=1, gpus_per_worker=1), inventory)
+    result = plan(ON_ONE_GPU, inventory)
     assert result.is_spot
     assert result.usd is not None
     assert result.usd.typical == pytest.approx(result.hours.typical * 0.8015)
@@ -139,20 +140,20 @@ def test_plan_on_spot_nodes_uses_the_spot_price() -> None:
 def test_plan_when_device_lacks_the_precision_is_refused() -> None:
     inventory = machines(8, gpus=1, accelerator="T4")
     with pytest.raises(PlacementError, match="T4 does not compute in bf16"):
-        plan(DEMAND.replace(num_workers=1, gpus_per_worker=1), inventory)
+        plan(ON_ONE_GPU, inventory)
 
 
 def test_plan_when_gpu_is_not_in_the_catalogue_names_it() -> None:
     with pytest.raises(ConfigError, match="no accelerator `V100`"):
         plan(
-            DEMAND.replace(num_workers=1, gpus_per_worker=1),
+            ON_ONE_GPU,
             machines(8, gpus=1, accelerator="V100"),
         )
 
 
 def test_plan_when_gpu_kind_is_not_told_is_refused() -> None:
     with pytest.raises(PlacementError, match="does not name"):
-        plan(DEMAND.replace(num_workers=1, gpus_per_worker=1), machines(8, gpus=1))
+        plan(ON_ONE_GPU, machines(8, gpus=1))
 
 
 def test_plan_when_cpu_is_unknown_assumes_one_and_warns() -> None:

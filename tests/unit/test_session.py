@@ -153,6 +153,7 @@ def test_head_command_listens_where_the_session_says(tmp_path: Path) -> None:
     wanted = {"--head", "--block", "--port=6400", "--dashboard-port=8300", "--num-cpus=3"}
     assert wanted <= set(command)
     assert f"--dashboard-host={LOOPBACK}" in command
+    assert f"--temp-dir={tmp_path / 'temporary' / 'r'}" in command
 
 
 def test_request_when_nothing_listens_names_url_and_session(tmp_path: Path) -> None:
