@@ -1,0 +1,141 @@
+"""Recipes: which layers a step reaches, which step wins, and what is refused."""
+
+import pytest
+import torch
+
+from cluster.errors import RecipeError
+from jobs.compression.recipe import apply_recipe, layouts, predicted_bytes
+from jobs.config import DecoderConfig, Recipe, Step
+from jobs.kernels.formats import Layout
+from jobs.models.decoder import Decoder, build, linear_names
+
+CONFIG = DecoderConfig(
+    vocab_size=61, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2
+)
+
+
+def quantize(scheme: str, *targets: str, group_size: int = 32) -> Step:
+    options = {"scheme": scheme, "group_size": group_size}
+    return Step(method="rtn", targets=targets or ("*",), options=options)
+
+
+def prune(sparsity: float, *targets: str) -> Step:
+    return Step(method="magnitude", targets=targets or ("*",), options={"sparsity": sparsity})
+
+
+def weight_of(model: Decoder, layer: str) -> torch.Tensor:
+    weight = model.get_submodule(layer).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach().clone()
+
+
+def test_recipe_when_empty_leaves_the_model_dense() -> None:
+    compressed = apply_recipe(build(CONFIG, seed=0), Recipe())
+    expected = build(CONFIG, seed=0).state_dict()
+    assert compressed.quantized == {}
+    assert all(torch.equal(t, expected[n]) for n, t in compressed.model.state_dict().items())
+
+
+def test_recipe_when_quantizing_leaves_what_the_integers_stand_for() -> None:
+    compressed = apply_recipe(build(CONFIG, seed=0), Recipe(steps=(quantize("w4a16"),)))
+    assert list(compressed.quantized) == linear_names(compressed.model)
+    for layer, quantized in compressed.quantized.items():
+        assert torch.equal(weight_of(compressed.model, layer), quantized.dequantize())
+        assert compressed.scheme_of(layer) == "w4a16"
+    assert compressed.scheme_of("lm_head") == "bf16"
+
+
+def test_recipe_when_steps_overlap_takes_the_last_from_the_unquantized_weight() -> None:
+    down = "*.mlp.down_proj"
+    twice = apply_recipe(
+        build(CONFIG, seed=0), Recipe(steps=(quantize("w4a16"), quantize("w8a8", down)))
+    )
+    once = apply_recipe(build(CONFIG, seed=0), Recipe(steps=(quantize("w8a8", down),)))
+    layer = "model.layers.1.mlp.down_proj"
+    assert twice.scheme_of(layer) == "w8a8"
+    assert twice.scheme_of("model.layers.1.mlp.up_proj") == "w4a16"
+    assert torch.equal(weight_of(twice.model, layer), weight_of(once.model, layer))
+
+
+def test_recipe_when_a_later_step_says_bf16_leaves_that_layer_dense() -> None:
+    layer = "model.layers.0.self_attn.q_proj"
+    compressed = apply_recipe(
+        build(CONFIG, seed=0), Recipe(steps=(quantize("w8a8"), quantize("bf16", layer)))
+    )
+    original = weight_of(build(CONFIG, seed=0), layer)
+    assert compressed.scheme_of(layer) == "bf16"
+    assert torch.equal(weight_of(compressed.model, layer), original.bfloat16().float())
+
+
+def test_recipe_when_pruned_then_quantized_keeps_the_zeros() -> None:
+    compressed = apply_recipe(build(CONFIG, seed=0), Recipe(steps=(prune(0.5), quantize("w4a16"))))
+    for quantized in compressed.quantized.values():
+        share = (quantized.values_OI == 0).float().mean(dim=1)
+        assert bool((share >= 0.5).all())
+
+
+def test_recipe_when_pruning_follows_quantizing_is_refused() -> None:
+    recipe = Recipe(steps=(quantize("w8a8"), prune(0.5, "*q_proj")))
+    with pytest.raises(RecipeError, match=r"step 2 \(magnitude\).*step 1.*Put pruning before"):
+        apply_recipe(build(CONFIG, seed=0), recipe)
+
+
+def test_recipe_when_target_matches_nothing_lists_close_names() -> None:
+    recipe = Recipe(steps=(quantize("w8a8", "model.layers.0.mlp.down_prj"),))
+    with pytest.raises(RecipeError, match=r"down_prj.*matches no.*model.layers.0.mlp.down_proj"):
+        predicted_bytes(CONFIG, recipe)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "model.embed_tokens", "model.layers.2.*"])
+def test_recipe_when_target_is_no_linear_layer_of_a_block_is_refused(target: str) -> None:
+    with pytest.raises(RecipeError, match="matches no linear layer"):
+        layouts(CONFIG, Recipe(steps=(quantize("w8a8", target),)))
+
+
+def test_recipe_when_group_size_does_not_divide_names_sizes_that_do() -> None:
+    recipe = Recipe(steps=(quantize("w4a16", "*down_proj", group_size=128),))
+    with pytest.raises(RecipeError, match=r"group_size=128 does not divide the 96 .*: 16, 32\."):
+        apply_recipe(build(CONFIG, seed=0), recipe)
+
+
+def test_recipe_when_method_is_unknown_lists_methods() -> None:
+    recipe = Recipe(steps=(Step(method="rnt"),))
+    with pytest.raises(RecipeError, match=r"no compression method `rnt`.*Did you mean `rtn`"):
+        predicted_bytes(CONFIG, recipe)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"shceme": "w8a8"}, "did you mean `scheme`"),
+        ({"scheme": "w3a16"}, "scheme"),
+        ({"scheme": "w4a16", "group_size": 48}, "power of 2"),
+    ],
+)
+def test_recipe_when_an_option_is_wrong_names_it(options: dict[str, object], words: str) -> None:
+    recipe = Recipe(steps=(Step(method="rtn", options=options),))
+    with pytest.raises(RecipeError, match=words):
+        predicted_bytes(CONFIG, recipe)
+
+
+def test_layouts_when_recipe_is_mixed_name_every_linear_layer() -> None:
+    chosen = layouts(CONFIG, Recipe(steps=(quantize("w4a16", "*layers.0*"),)))
+    assert list(chosen) == linear_names(build(CONFIG, seed=0))
+    assert chosen["model.layers.0.mlp.up_proj"] == Layout("w4a16", 32)
+    assert chosen["model.layers.1.mlp.up_proj"] == Layout("bf16")
+
+
+def test_mse_observer_when_weights_have_outliers_errs_less_than_minmax() -> None:
+    errors = {}
+    for observer in ("minmax", "mse"):
+        model = build(CONFIG, seed=0)
+        layer = "model.layers.0.mlp.gate_proj"
+        with torch.no_grad():
+            model.get_submodule(layer).weight[:, ::16] *= 4
+        original = weight_of(model, layer)
+        step = Step(method="rtn", options={"scheme": "w4a16", "observer": observer})
+        compressed = apply_recipe(
+            model, Recipe(steps=(step.replace(options={**step.options, "group_size": 32}),))
+        )
+        errors[observer] = float((weight_of(compressed.model, layer) - original).square().sum())
+    assert errors["mse"] < 0.95 * errors["minmax"]
