@@ -6,6 +6,8 @@ the official `openai` client. It does not know how any stage works.
 """
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,11 +28,12 @@ from cluster.storage import home, write_json
 from jobs.config import PipelineConfig
 from jobs.evaluation.parity import Endpoint, ParityReport, check_parity
 from jobs.registry import Registry
-from jobs.report import DemoFacts, table, write_report
+from jobs.report import DemoFacts, require_learned, table, write_report
 
 RECIPE = Path("deploy/recipes/demo.yaml")
 PROMPT = "def read_"
 NUM_PARITY_PROMPTS = 50
+_RAYS_OWN = re.compile(r"\d{4}-\d\d-\d\d |\x1b\[\d+m\(|Running entrypoint |\s*$")
 _log = Console(stderr=True)
 
 
@@ -66,6 +69,7 @@ def run_demo(*, keep: bool, make_key: Callable[[Path, str], str]) -> None:
         facts = _ask(session, config, key, stage_seconds)
         facts = facts.replace(total_s=time.monotonic() - began_s, jobs=tuple(jobs))
         write_json(out / "facts.json", facts.model_dump(mode="json"))
+        require_learned(facts)
         report = write_report(out, facts)
         Console().print(table(facts))
         _log.print(f"report: {report}")
@@ -86,13 +90,15 @@ def _repository() -> Path:
 
 
 def _submit(session: Session, root: Path, stage: str, out: Path) -> float:
-    """Submit one stage as a Ray job, show its log, return its seconds."""
+    """Submit one stage as a Ray job and return its seconds.
+
+    Its whole log is kept in a file; what Ray says of itself is not shown.
+    """
     command = ["job", "submit", "--working-dir", str(root)]
     command += ["--submission-id", f"demo-{stage}-{uuid.uuid4().hex[:6]}", "--"]
     command += ["python", "-m", "jobs.pipeline", "--config", str(RECIPE), "--stage", stage]
-    _log.rule(f"ray {' '.join(command[:2])} … {' '.join(command[-6:])}", align="left")
+    _log.print(f"\n$ ray {shlex.join(command)}", style="bold", soft_wrap=True, highlight=False)
     began_s = time.monotonic()
-    lines: list[str] = []
     with (out / f"{stage}.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("ray")), *command],
@@ -105,8 +111,8 @@ def _submit(session: Session, root: Path, stage: str, out: Path) -> float:
         assert process.stdout is not None, "the pipe was asked for"
         for line in process.stdout:
             log.write(line)
-            lines.append(line)
-            _log.print(line.rstrip(), markup=False, highlight=False)
+            if not _RAYS_OWN.match(line):
+                _log.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
         code = process.wait()
     if code != 0:
         raise RaysmithError(
@@ -132,9 +138,10 @@ def _ask(
     entry = registry.resolve(config.deploy.model)
     client = OpenAI(base_url=f"{session.serve_url}/v1", api_key=key)
     model = client.models.list().data[0].id
-    whole = client.completions.create(model=model, prompt=PROMPT, max_tokens=48, temperature=0)
-    streamed = stream_answer(client, model, PROMPT, max_tokens=48)
-    _log.rule("a completion", align="left")
+    sampling = {"max_tokens": 48, "temperature": 0.7, "seed": 1}
+    whole = client.completions.create(model=model, prompt=PROMPT, **sampling)
+    streamed = stream_answer(client, model, PROMPT, sampling)
+    _log.print(f"\n$ a completion of `{PROMPT}`", style="bold", highlight=False)
     _log.print(PROMPT + streamed.text, markup=False, highlight=False)
     endpoint = Endpoint(f"{session.serve_url}/v1", key, model)
     parity = check_parity(entry.path, endpoint, _prompts(config), max_tokens=24)
@@ -152,7 +159,7 @@ def _ask(
     )
 
 
-def stream_answer(client: OpenAI, model: str, prompt: str, *, max_tokens: int) -> Answer:
+def stream_answer(client: OpenAI, model: str, prompt: str, sampling: dict[str, Any]) -> Answer:
     """Ask once with streaming and time the answer."""
     began_s = time.perf_counter()
     first_s = 0.0
@@ -161,10 +168,9 @@ def stream_answer(client: OpenAI, model: str, prompt: str, *, max_tokens: int) -
     stream = client.completions.create(
         model=model,
         prompt=prompt,
-        max_tokens=max_tokens,
-        temperature=0,
         stream=True,
         stream_options={"include_usage": True},
+        **sampling,
     )
     for event in stream:
         usage = event.usage or usage

@@ -98,7 +98,7 @@ def bars(title: str, names: Sequence[str], values: Sequence[float], *, unit: str
     with _figure(title, height=2.2) as (axes, out):
         colors = [MUTED] * (len(names) - 1) + [GOOD]
         drawn = axes.barh(list(names), list(values), color=colors, height=0.55)
-        axes.bar_label(drawn, labels=[f" {value:,.3g} {unit}" for value in values])
+        axes.bar_label(drawn, labels=[f"{value:,.3g} {unit}" for value in values], padding=6)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.25 * max(values))
         axes.xaxis.set_visible(False)

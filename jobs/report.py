@@ -13,8 +13,12 @@ import jinja2
 from rich.table import Table
 
 from cluster.config import StrictModel
+from cluster.errors import TrainingError
 from cluster.storage import MIB, write_atomic
 from jobs import plots
+
+
+MAX_LOSS_RATIO = 0.65
 
 
 class DemoFacts(StrictModel):
@@ -92,6 +96,17 @@ def rows(facts: DemoFacts) -> list[Row]:
             after=f"{facts.parity_equal} of {facts.parity_prompts} prompts",
         ),
     ]
+
+
+def require_learned(facts: DemoFacts) -> None:
+    """Raise TrainingError unless the validation loss is 35% below that of guessing."""
+    loss = _read(facts.train_dir, "summary.json")["validation_loss"]
+    limit = MAX_LOSS_RATIO * math.log(_vocab_size(facts))
+    if not loss <= limit:
+        raise TrainingError(
+            f"validation loss {loss:.3f} is above {limit:.3f}: the model learned too little. "
+            "Raise `train.max_steps` in deploy/recipes/demo.yaml."
+        )
 
 
 def write_report(out: Path, facts: DemoFacts) -> Path:
