@@ -138,7 +138,7 @@ def test_predicted_bytes_when_saved_equal_the_tensors_on_disk(
 
 
 def test_model_when_loaded_holds_no_dense_copy(tmp_path: Path) -> None:
-    config = config_of(hidden_size=256, intermediate_size=512)
+    config = config_of(hidden_size=256, intermediate_size=512, head_dim=64)
     step = INT4.replace(options={"scheme": "w4a16", "group_size": 128})
     write(tmp_path, Recipe(steps=(step,)), config)
     loaded = load_model(tmp_path, verify=False)
