@@ -32,6 +32,7 @@ from jobs.report import DemoFacts, require_learned, table, write_report
 
 RECIPE = Path("deploy/recipes/demo.yaml")
 PROMPT = "def read_"
+MAX_TOKENS, TEMPERATURE, SEED = 48, 0.7, 1
 NUM_PARITY_PROMPTS = 50
 _RAYS_OWN = re.compile(r"\d{4}-\d\d-\d\d |\x1b\[\d+m\(|Running entrypoint |\s*$")
 _log = Console(stderr=True)
@@ -138,9 +139,10 @@ def _ask(
     entry = registry.resolve(config.deploy.model)
     client = OpenAI(base_url=f"{session.serve_url}/v1", api_key=key)
     model = client.models.list().data[0].id
-    sampling = {"max_tokens": 48, "temperature": 0.7, "seed": 1}
-    whole = client.completions.create(model=model, prompt=PROMPT, **sampling)
-    streamed = stream_answer(client, model, PROMPT, sampling)
+    whole = client.completions.create(
+        model=model, prompt=PROMPT, max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=SEED
+    )
+    streamed = stream_answer(client, model, PROMPT)
     _log.print(f"\n$ a completion of `{PROMPT}`", style="bold", highlight=False)
     _log.print(PROMPT + streamed.text, markup=False, highlight=False)
     endpoint = Endpoint(f"{session.serve_url}/v1", key, model)
@@ -159,7 +161,7 @@ def _ask(
     )
 
 
-def stream_answer(client: OpenAI, model: str, prompt: str, sampling: dict[str, Any]) -> Answer:
+def stream_answer(client: OpenAI, model: str, prompt: str) -> Answer:
     """Ask once with streaming and time the answer."""
     began_s = time.perf_counter()
     first_s = 0.0
@@ -168,9 +170,11 @@ def stream_answer(client: OpenAI, model: str, prompt: str, sampling: dict[str, A
     stream = client.completions.create(
         model=model,
         prompt=prompt,
+        max_tokens=MAX_TOKENS,
+        temperature=TEMPERATURE,
+        seed=SEED,
         stream=True,
         stream_options={"include_usage": True},
-        **sampling,
     )
     for event in stream:
         usage = event.usage or usage

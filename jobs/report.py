@@ -17,7 +17,6 @@ from cluster.errors import TrainingError
 from cluster.storage import MIB, write_atomic
 from jobs import plots
 
-
 MAX_LOSS_RATIO = 0.65
 
 

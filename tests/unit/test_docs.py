@@ -1,0 +1,40 @@
+"""Reference pages are generated from the code, so they are checked against it."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_reference_pages_when_generated_equal_the_committed_ones(generator: ModuleType):
+    for name, text in generator.pages().items():
+        committed = (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8")
+        assert committed == text, f"docs/reference/{name} is old: run `make docs`"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_links_between_pages_lead_to_files(page: str):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = [t for t in re.findall(r"\]\(([^)#]+)", text) if "://" not in t]
+    missing = [t for t in targets if not ((ROOT / page).parent / t).exists()]
+    assert missing == []
+
+
+def test_every_field_of_a_configuration_has_a_sentence(generator: ModuleType):
+    page = generator.pages()["configuration.md"]
+    assert "| None |" not in page
+    assert "TrainConfig" in page
