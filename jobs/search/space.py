@@ -64,7 +64,8 @@ def proposals(config: SearchConfig, decoder: DecoderConfig) -> list[Recipe]:
     groups = layer_groups(decoder, config.layers_per_group)
     choices = sorted({Choice(s, p) for s, p in product(config.schemes, config.sparsities)})
     generator = random.Random(config.seed)
-    limit_bytes = config.gate.max_size_ratio * predicted_bytes(decoder, Recipe())
+    sizes = _Sizes(decoder)
+    limit_bytes = config.gate.max_size_ratio * sizes.base_bytes
     recipes: list[Recipe] = []
     beyond: list[Recipe] = []
     for index, assignment in enumerate(_assignments(groups, choices, generator, config)):
@@ -74,7 +75,7 @@ def proposals(config: SearchConfig, decoder: DecoderConfig) -> list[Recipe]:
         if recipe in recipes or recipe in beyond:
             continue
         is_uniform = index < len(choices)
-        fits = is_uniform or predicted_bytes(decoder, recipe) <= limit_bytes
+        fits = is_uniform or sizes.of(assignment) <= limit_bytes
         (recipes if fits else beyond).append(recipe)
     return (recipes + beyond)[: config.num_trials]
 
@@ -100,10 +101,7 @@ def build_recipe(assignment: Assignment, decoder: DecoderConfig) -> Recipe:
         steps.append(Step(method="magnitude", targets=targets, options={"sparsity": sparsity}))
     for scheme in sorted({choice.scheme for choice in assignment.values()} - {_DENSE}):
         chosen = [group for group in assignment if assignment[group].scheme == scheme]
-        options: dict[str, object] = {"scheme": scheme}
-        if scheme == _WEIGHT_ONLY:
-            options["group_size"] = _group_size(decoder)
-        steps.append(Step(method="rtn", targets=_targets(chosen, assignment), options=options))
+        steps.append(_quantize(scheme, _targets(chosen, assignment), decoder))
     return Recipe(steps=tuple(steps))
 
 
@@ -114,6 +112,30 @@ def describe(recipe: Recipe) -> str:
     return "; ".join(
         f"{_describe_options(step)} {_describe_targets(step)}" for step in recipe.steps
     )
+
+
+class _Sizes:
+    """Bytes of assignments, as a sum over groups: blocks are alike, so few need to be asked for."""
+
+    def __init__(self, decoder: DecoderConfig) -> None:
+        self.base_bytes = predicted_bytes(decoder, Recipe())
+        self._decoder = decoder
+        self._saved: dict[tuple[str, int, str], int] = {}
+
+    def of(self, assignment: Assignment) -> int:
+        """Return the bytes of all weights under an assignment."""
+        saved = (self._saved_bytes(group, choice.scheme) for group, choice in assignment.items())
+        return self.base_bytes - sum(saved)
+
+    def _saved_bytes(self, group: Group, scheme: str) -> int:
+        if scheme == _DENSE:
+            return 0
+        key = (group.part, group.stop - group.first, scheme)
+        if key not in self._saved:
+            step = _quantize(scheme, group.targets, self._decoder)
+            alone = predicted_bytes(self._decoder, Recipe(steps=(step,)))
+            self._saved[key] = self.base_bytes - alone
+        return self._saved[key]
 
 
 def _assignments(
@@ -135,6 +157,13 @@ def _assignments(
         yield {group: other if group == changed else base for group in groups}
     for _ in range(_RANDOM_TRIES * config.num_trials):
         yield {group: generator.choice(choices) for group in groups}
+
+
+def _quantize(scheme: str, targets: tuple[str, ...], decoder: DecoderConfig) -> Step:
+    options: dict[str, object] = {"scheme": scheme}
+    if scheme == _WEIGHT_ONLY:
+        options["group_size"] = _group_size(decoder)
+    return Step(method="rtn", targets=targets, options=options)
 
 
 def _targets(chosen: list[Group], assignment: Assignment) -> tuple[str, ...]:
