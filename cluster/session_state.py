@@ -45,7 +45,7 @@ class Session(StrictModel):
 
     @property
     def ray_dir(self) -> str:
-        """Folder that Ray is given: it makes it writable for all, so its parent keeps others out."""
+        """Folder for Ray, which makes it writable for all; its parent keeps others out."""
         return str(Path(self.temp_dir) / "r")
 
     @property

@@ -71,7 +71,8 @@ def test_demand_when_the_directory_is_no_model_is_refused(tmp_path: Path) -> Non
 def test_planning_imports_neither_torch_nor_ray() -> None:
     code = (
         "import sys, jobs.plan, cluster.planner, cluster.session; "
-        "heavy = {'torch', 'ray', 'transformers', 'fastapi'}; print(sorted(heavy & set(sys.modules)))"
+        "heavy = {'torch', 'ray', 'transformers', 'fastapi'}; "
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
