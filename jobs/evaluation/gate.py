@@ -70,7 +70,7 @@ def require_passed(manifest: dict[str, Any], what: str) -> Verdict:
     if not isinstance(gate, dict):
         raise GateRefusedError(
             f"{what} was not judged: its manifest has no gate verdict. "
-            "Run `python -m jobs.evaluate --write` on it, or a search, before publishing."
+            "Run `python -m jobs.evaluate --set record=true` on it, or a search, before publishing."
         )
     verdict = Verdict.model_validate(gate)
     if not verdict.passed:
