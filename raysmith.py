@@ -20,6 +20,8 @@ from cluster.session import (
     Session,
     find_session,
     list_sessions,
+    load_session,
+    recorded_sessions,
     start_head,
     stop_head,
 )
@@ -119,7 +121,9 @@ def down(
     """Stop a local cluster and every process it started."""
 
     def action() -> None:
-        sessions = list_sessions() if all_sessions else [find_session(name)]
+        sessions = (
+            recorded_sessions() if all_sessions else [load_session(name) or find_session(name)]
+        )
         for session in sessions:
             stop_head(session)
             Console(stderr=True).print(f"stopped cluster `{session.name}`")

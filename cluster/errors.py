@@ -5,7 +5,7 @@ gateway render them once, at their edge.
 
     RaysmithError                     exit_code 1: the run failed
     ├── UserError                     exit_code 2: the input is wrong; nothing is lost
-    │   ├── ConfigError               unknown key, wrong type, value out of bounds, contradicting values
+    │   ├── ConfigError               unknown key, wrong type, out of bounds, contradiction
     │   ├── DataError                 missing, empty, unreadable or too short data
     │   ├── TokenizerError            a tokenizer that does not fit the model or cannot be trained
     │   ├── PlacementError            does not fit the machines: memory, devices, layout

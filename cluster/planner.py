@@ -23,7 +23,8 @@ from cluster.units import Band, format_band, format_bytes, format_hours, format_
 # Share of the peak that forward, backward and optimizer step together reach: lowest, typical and
 # highest of dense decoders. CPU: one core with AVX-512 BF16, torch 2.13, eager, 8 sequences a pass;
 # 0.44 (bf16) and 0.38 (fp32) at 6 million parameters, 0.72 and 0.46 at 27 million; less where
-# workers share caches. GPU and TPU: published figures of torchtitan, nanochat and MaxText.
+# workers share caches. GPU: torchtitan publishes 33% to 39% for Llama-3.1-8B
+# on 8 H100; the rest of the GPU and TPU bands are estimates around it.
 _SHARE_OF_PEAK: Mapping[str, tuple[float, float, float]] = {
     "cpu": (0.20, 0.40, 0.70),
     "gpu": (0.15, 0.38, 0.55),

@@ -27,6 +27,7 @@ from cluster.session_state import (
     list_sessions,
     load_session,
     locked,
+    recorded_sessions,
     save_session,
     write_private,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "join",
     "list_sessions",
     "load_session",
+    "recorded_sessions",
     "start_head",
     "stop_head",
 ]

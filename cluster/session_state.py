@@ -114,8 +114,13 @@ def find_session(name: str | None = None) -> Session:
 
 def list_sessions() -> list[Session]:
     """Return the running sessions of this user on this machine, by name."""
+    return [session for session in recorded_sessions() if session.is_alive]
+
+
+def recorded_sessions() -> list[Session]:
+    """Return every session of this user on this machine, also those whose head has died."""
     names = sorted(path.stem for path in _folder().glob("*.json"))
-    return [found for name in names if (found := load_session(name)) is not None and found.is_alive]
+    return [found for name in names if (found := load_session(name)) is not None]
 
 
 def load_session(name: str) -> Session | None:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,14 +44,14 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def free_ports() -> Iterator[tuple[int, int, int]]:
+def free_ports() -> tuple[int, int, int]:
     sockets = [socket.socket() for _ in range(3)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
-    ports = tuple(each.getsockname()[1] for each in sockets)
+    first, second, third = (each.getsockname()[1] for each in sockets)
     for each in sockets:
         each.close()
-    yield ports
+    return first, second, third
 
 
 @pytest.mark.ray
