@@ -20,12 +20,20 @@ from cluster.errors import (
     ConfigError,
     IntegrityError,
     ModelFormatError,
+    RaysmithError,
     StorageError,
     VersionExistsError,
 )
 
 MANIFEST = "manifest.json"
 KIB, MIB, GIB = 2**10, 2**20, 2**30
+_FULL_BELOW_BYTES = MIB
+_REMEDIES = {
+    errno.ENOSPC: "The disk is full: free some space and run again.",
+    errno.EDQUOT: "The disk quota is used up: free some space and run again.",
+    errno.EACCES: "No permission: choose a folder you may write to.",
+    errno.EROFS: "The file system is read-only: choose another folder.",
+}
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -184,13 +192,33 @@ def storage_errors(action: str) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, ConnectionError | TimeoutError):
             raise
-        remedy = {
-            errno.ENOSPC: "The disk is full: free some space and run again.",
-            errno.EDQUOT: "The disk quota is used up: free some space and run again.",
-            errno.EACCES: "No permission: choose a folder you may write to.",
-            errno.EROFS: "The file system is read-only: choose another folder.",
-        }.get(error.errno or 0, "")
+        remedy = _REMEDIES.get(error.errno or 0, "")
         raise StorageError(f"{action} failed: {error}. {remedy}".strip()) from error
+
+
+@contextmanager
+def library_storage_errors(action: str, folder: Path) -> Iterator[None]:
+    """Turn errors of a library that writes below `folder` into StorageError, where they are that.
+
+    Libraries in other languages lose the system's error on the way: those in Rust keep its number
+    in the text, others raise what they like, and only the disk tells that it is full.
+    """
+    with storage_errors(action):
+        try:
+            yield
+        except (RaysmithError, OSError):
+            raise
+        except Exception as error:
+            code = _system_error(error, folder)
+            if code is None:
+                raise
+            raise OSError(code, os.strerror(code), str(folder)) from error
+
+
+def _system_error(error: Exception, folder: Path) -> int | None:
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(found[1])
+    return errno.ENOSPC if shutil.disk_usage(folder).free < _FULL_BELOW_BYTES else None
 
 
 def _exists(target: Path) -> VersionExistsError:

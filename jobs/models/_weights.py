@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Size, Tensor
 
-from cluster.errors import ModelFormatError, StorageError
-from cluster.storage import storage_errors, write_json
+from cluster.errors import ModelFormatError
+from cluster.storage import library_storage_errors, storage_errors, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -51,10 +51,8 @@ def write_tensors(tensors: Mapping[str, Tensor], directory: Path, max_shard_byte
     for file_name, shard in zip(names, shards, strict=True):
         path = directory / file_name
         whole = {name: tensor.contiguous() for name, tensor in shard.items()}
-        try:
+        with library_storage_errors(f"writing {path}", directory):
             save_file(whole, path, metadata={"format": "pt"})
-        except (SafetensorError, OSError) as error:
-            raise StorageError(f"writing {path} failed: {error}. Is the disk full?") from error
     if len(shards) > 1:
         weight_map = {name: f for f, shard in zip(names, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())

@@ -26,8 +26,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from cluster.errors import IntegrityError, ModelFormatError
-from cluster.storage import staged_directory, storage_errors, verify_directory
+from cluster.errors import IntegrityError, ModelFormatError, StorageError
+from cluster.storage import (
+    library_storage_errors,
+    staged_directory,
+    storage_errors,
+    verify_directory,
+)
 from jobs.training.run_folder import check_identity
 from jobs.training.world import World
 
@@ -173,13 +178,17 @@ def _single_process_is_intended() -> Iterator[None]:
 
 @contextmanager
 def _write_errors(path: Path) -> Iterator[None]:
-    """Turn what torch.distributed.checkpoint wraps back into StorageError."""
-    with storage_errors(f"writing {path}"):
-        try:
-            yield
-        except CheckpointException as error:
-            causes = [failure for failure, _ in error.failures.values()]
-            raise next((cause for cause in causes if isinstance(cause, OSError)), error) from error
+    """Turn what torch.distributed.checkpoint wraps back into StorageError; leave no half behind."""
+    try:
+        with library_storage_errors(f"writing {path}", path):
+            try:
+                yield
+            except CheckpointException as error:
+                causes = [failure for failure, _ in error.failures.values()]
+                raise next((c for c in causes if isinstance(c, OSError)), causes[0]) from error
+    except StorageError:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def _remove(checkpoint: Checkpoint) -> None:
