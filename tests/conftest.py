@@ -1,7 +1,11 @@
 """Fixtures that several kinds of tests share; being here, it also puts this folder on the path."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Before torch is imported: threads of several processes on the same cores spin for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -156,14 +156,15 @@ def write_config(document: Mapping[str, Any], directory: Path) -> None:
     write_json(directory / GENERATION_CONFIG, generation)
 
 
-def stop_token_ids(directory: Path) -> tuple[int, ...]:
-    """Return all end tokens of a model directory, from generation_config.json or config.json."""
+def stop_token_ids(directory: Path, *known: int | None) -> frozenset[int]:
+    """Return all end tokens of a model directory and those already known, e.g. the tokenizer's."""
     path = directory / GENERATION_CONFIG
-    document = json.loads(path.read_bytes()) if path.is_file() else {}
-    found = document.get("eos_token_id", read_config(directory).get("eos_token_id"))
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, list) else (int(found),)
+    documents = [read_config(directory), json.loads(path.read_bytes()) if path.is_file() else {}]
+    found: set[int | None] = set(known)
+    for document in documents:
+        listed = document.get("eos_token_id")
+        found.update(listed if isinstance(listed, list) else [listed])
+    return frozenset(int(token_id) for token_id in found if token_id is not None)
 
 
 def _check_expressible(config: DecoderConfig) -> None:

@@ -19,7 +19,10 @@ from cluster.storage import GIB
 from jobs.config import DecoderConfig
 from jobs.kernels.attention import Attention, attend_causal
 from jobs.models import _hf, _weights
+from jobs.models._hf import stop_token_ids
 from jobs.models._rotary import Rotary, rotate
+
+__all__ = ["Block", "Decoder", "RMSNorm", "build", "linear_names", "load", "save", "stop_token_ids"]
 
 
 class Decoder(nn.Module):

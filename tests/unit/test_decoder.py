@@ -223,7 +223,7 @@ def test_save_when_tokens_are_set_writes_generation_config(tmp_path: Path) -> No
     decoder.save(decoder.build(TINY.replace(bos_token_id=1, eos_token_id=2), seed=0), tmp_path)
     generation = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert (generation.bos_token_id, generation.eos_token_id) == (1, 2)
-    assert _hf.stop_token_ids(tmp_path) == (2,)
+    assert _hf.stop_token_ids(tmp_path) == {2}
 
 
 def test_half_precision_when_cast_keeps_rotary_frequencies_in_float32() -> None:

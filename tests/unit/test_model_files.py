@@ -185,7 +185,7 @@ def test_from_hf_config_when_several_end_tokens_warns_and_keeps_the_first(saved:
     with pytest.warns(UserWarning, match=r"end tokens \[5, 6\]"):
         assert _hf.from_hf_config(_hf.read_config(saved)).eos_token_id == 5
     (saved / _hf.GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": [5, 6]}))
-    assert _hf.stop_token_ids(saved) == (5, 6)
+    assert _hf.stop_token_ids(saved, 7, None) == {5, 6, 7}
 
 
 def test_from_hf_config_when_dropout_is_set_warns_that_it_is_ignored() -> None:

@@ -4,7 +4,6 @@ Takes a directory or a decoder, and options; gives a running engine. It does not
 the registry.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from cluster.storage import MIB
 from jobs.compression.packing import load_model
 from jobs.data.tokenizer import check_fits, load_tokenizer
 from jobs.kernels.attention import SlotCache
-from jobs.models.decoder import Decoder
+from jobs.models.decoder import Decoder, stop_token_ids
 from serving.engines._protocol import EngineInfo
 from serving.engines.native.config import EngineConfig
 from serving.engines.native.detokenizer import TextDecoder
@@ -55,7 +54,7 @@ def create(directory: Path, options: Mapping[str, Any]) -> NativeEngine:
         loaded.model,
         config,
         decoder=TokenizerDecoder(tokenizer),
-        stop_ids=_stop_ids(directory, loaded.config.eos_token_id, tokenizer.eos_token_id),
+        stop_ids=stop_token_ids(directory, tokenizer.eos_token_id),
         weight_bytes=loaded.weight_bytes,
         schemes=loaded.schemes,
         operators=loaded.operators,
@@ -131,13 +130,3 @@ def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
 def _resident_bytes(model: Decoder) -> int:
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     return sum(tensors.values())
-
-
-def _stop_ids(directory: Path, *known: int | None) -> set[int]:
-    """Return every end token that the model, its tokenizer or its generation config names."""
-    stop_ids = {token_id for token_id in known if token_id is not None}
-    path = directory / "generation_config.json"
-    if path.exists():
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        stop_ids.update(listed if isinstance(listed, list) else [] if listed is None else [listed])
-    return stop_ids
