@@ -89,7 +89,8 @@ class Replica(EngineReplica):
     """An `EngineReplica` that Ray Serve runs: it stops its engine when Serve lets go of it."""
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_engine"):  # Not if the constructor failed.
+            self.close()
 
 
 @serve.ingress()

@@ -158,6 +158,11 @@ def test_generate_when_seeded_repeats_whatever_runs_beside_it(engine):
     assert answer(engine, **{**options, "seed": 12}) != alone
 
 
+def test_generate_when_seeds_differ_in_sign_differs(engine):
+    options = {"temperature": 2.0, "max_tokens": 20}
+    assert answer(engine, **options, seed=-1) != answer(engine, **options, seed=1)
+
+
 def test_generate_when_unseeded_differs_between_calls(engine):
     options = {"temperature": 2.0, "max_tokens": 20}
     assert answer(engine, **options) != answer(engine, **options)
@@ -245,10 +250,14 @@ def test_close_when_sequences_run_ends_them_and_refuses_new_ones(plugin, directo
             GenerateRequest(prompt_tokens=(5,), temperature=0.0, ignore_eos=True)
         )
         await anext(running)
-        waiting = asyncio.create_task(chunks_of(engine))
+        # One slot and many whole contexts: they cannot all be done before the engine is closed.
+        waiting = [
+            asyncio.create_task(chunks_of(engine, max_tokens=None, ignore_eos=True))
+            for _ in range(100)
+        ]
         await asyncio.sleep(0)
         engine.close()
-        outcomes = await asyncio.gather(drain(running), waiting, return_exceptions=True)
+        outcomes = await asyncio.gather(drain(running), *waiting, return_exceptions=True)
         return [outcome for outcome in outcomes if isinstance(outcome, EngineError)]
 
     async def drain(stream):

@@ -4,9 +4,22 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import ConfigError, EngineError, RequestError
+from cluster.storage import write_manifest
+from jobs.config import DecoderConfig
 from jobs.data.tokenizer import load_tokenizer, train_tokenizer
+from jobs.models.decoder import build, save
 from serving.engines._protocol import Chunk
-from serving.messages import ChatPrompt, TextPrompt, TokenPrompt, Turn
+from serving.messages import (
+    ChatPrompt,
+    Delta,
+    InferenceRequest,
+    Refused,
+    Sampling,
+    Started,
+    TextPrompt,
+    TokenPrompt,
+    Turn,
+)
 from serving.prompts import PromptEncoder
 from serving.replica import EngineReplica, merge
 
@@ -119,3 +132,66 @@ def test_encode_when_template_refuses_says_why(tokenizer, tmp_path):
 def test_replica_when_engine_is_unknown_lists_the_right_ones(tmp_path):
     with pytest.raises(ConfigError, match="no engine `nativ`; there are: native"):
         EngineReplica(str(tmp_path), "nativ", {})
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    train_tokenizer(["hello world, hello there"] * 10, 300, directory)
+    shape = DecoderConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_layers=1, max_seq_len=32
+    )
+    save(build(shape, seed=0), directory)
+    write_manifest(directory, {"kind": "model"})
+    return directory
+
+
+@pytest.fixture
+def replica(directory):
+    replica = EngineReplica(str(directory), "native", {"max_slots": 4})
+    yield replica
+    replica.close()
+
+
+def ask(replica, *prompts, num_choices=1, **sampling):
+    async def run():
+        request = InferenceRequest(prompts, Sampling(**sampling), num_choices)
+        return [event async for batch in replica.generate(request) for event in batch]
+
+    return asyncio.run(run())
+
+
+def test_generate_when_asked_counts_prompts_once_and_numbers_choices(replica):
+    prompts = TokenPrompt((5, 6)), TokenPrompt((7,))
+    first, *deltas = ask(replica, *prompts, num_choices=2, max_tokens=3)
+    assert first == Started(3)
+    assert all(isinstance(delta, Delta) for delta in deltas)
+    assert {delta.choice for delta in deltas} == {0, 1, 2, 3}
+    assert sum(delta.finish_reason is not None for delta in deltas) == 4
+
+
+def test_generate_when_seed_is_negative_gives_choices_that_differ(replica):
+    events = ask(replica, TokenPrompt((5,)), num_choices=3, seed=-1, max_tokens=20)
+    choices = [
+        [token for e in events[1:] if e.choice == choice for token in e.token_ids]
+        for choice in range(3)
+    ]
+    assert len({tuple(tokens) for tokens in choices}) == 3
+
+
+@pytest.mark.parametrize(
+    ("bad", "code"),
+    [(TokenPrompt((5,) * 33), "context_length_exceeded"), (TokenPrompt((300,)), None)],
+)
+def test_generate_when_one_prompt_is_wrong_refuses_all(replica, bad, code):
+    (refused,) = ask(replica, TokenPrompt((5,)), bad)
+    assert isinstance(refused, Refused)
+    assert (refused.status, refused.code, refused.param) == (400, code, "prompt")
+
+
+def test_generate_when_engine_stopped_says_so_and_is_not_healthy(replica):
+    replica.close()
+    (refused,) = ask(replica, TokenPrompt((5,)))
+    assert (refused.status, refused.code) == (503, "engine_failed")
+    with pytest.raises(EngineError):
+        replica.check_health()

@@ -62,7 +62,9 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_tokens)
-        self.draws = random.Random(self.request.seed)
+        seed = self.request.seed
+        # As text: an integer seed would lose its sign, and -1 and 1 would draw the same.
+        self.draws = random.Random(None if seed is None else str(seed))
 
     @property
     def num_prompt(self) -> int:
