@@ -147,7 +147,9 @@ def _render_errors(app: FastAPI) -> None:
     async def on_http(request: Request, error: HTTPException) -> Response:
         status = HTTPStatus(error.status_code)
         message = f"{request.method} {request.url.path}: {error.detail}."
-        return errors.response(Refused(status, message))
+        answer = errors.response(Refused(status, message))
+        answer.headers.update(error.headers or {})  # 405 has to say which methods there are.
+        return answer
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:

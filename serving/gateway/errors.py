@@ -15,6 +15,8 @@ _TYPES = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
     HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
 }
+_MOST_NAMED = 8
+_MOST_CHARACTERS = 80
 # One sentence for fields of several forms, where a schema would list a problem for each form.
 _FORMS = {
     "prompt": "expected a string, a list of strings, a list of token ids or a list of such lists",
@@ -56,7 +58,10 @@ def response(refused: Refused) -> JSONResponse:
 
 
 def from_validation(problems: Sequence[Any]) -> Refused:
-    """Return a refusal that names every wrong field, its value and what was expected."""
+    """Return a refusal that names wrong fields, their values and what was expected.
+
+    What a client sent is cut, so that a large body does not come back as a large error.
+    """
     if any(problem["type"] == "json_invalid" for problem in problems):
         reason = problems[0].get("ctx", {}).get("error", "")
         return Refused(HTTPStatus.BAD_REQUEST, f"the body is not valid JSON: {reason}".rstrip(": "))
@@ -65,7 +70,15 @@ def from_validation(problems: Sequence[Any]) -> Refused:
         name, text = _describe(problem)
         found.setdefault(name, text)
     param = next((name for name in found if name), None)
-    return Refused(HTTPStatus.BAD_REQUEST, "; ".join(found.values()) + ".", param=param)
+    named = list(found.values())[:_MOST_NAMED]
+    if len(found) > len(named):
+        named.append(f"and {len(found) - len(named)} more")
+    return Refused(HTTPStatus.BAD_REQUEST, "; ".join(named) + ".", param=param)
+
+
+def shorten(value: object) -> str:
+    """Return how a value looks in a message."""
+    return _cut(repr(value))
 
 
 def _describe(problem: Any) -> tuple[str, str]:
@@ -82,13 +95,12 @@ def _describe(problem: Any) -> tuple[str, str]:
         return name, f"`{name}` is required" if name else "a JSON body is required"
     if not name:
         return name, message
-    return name, f"`{name}` = {_shorten(problem.get('input'))}: {message}"
+    return name, f"`{name}` = {shorten(problem.get('input'))}: {message}"
 
 
 def _join(path: Sequence[int | str]) -> str:
-    return ".".join(str(part) for part in path)
+    return _cut(".".join(str(part) for part in path))
 
 
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}..."

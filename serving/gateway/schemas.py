@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serving.engines._protocol import MAX_LOGPROBS, MAX_STOP_STRINGS, StopString
+from serving.gateway.errors import shorten
 from serving.messages import (
     ChatPrompt,
     InferenceRequest,
@@ -39,6 +40,25 @@ Stops = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
 class _Body(BaseModel):
     # Strict: "3" is no number and true no integer, as in the OpenAI API.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    # Values without effect; any other asks for what this server cannot do.
+    _neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    # These never change an answer.
+    _ignored: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_has_no_effect(cls, document: Any) -> Any:
+        if not isinstance(document, dict):
+            return document
+        refused = [
+            f"`{key}` = {shorten(document[key])}"
+            for key, values in cls._neutral.items()
+            if key in document and document[key] not in values
+        ]
+        if refused:
+            raise ValueError(f"not supported by this server: {', '.join(refused)}; leave it out")
+        dropped = cls._ignored | cls._neutral.keys()
+        return {key: value for key, value in document.items() if key not in dropped}
 
 
 class StreamOptions(_Body):
@@ -51,13 +71,11 @@ class StreamOptions(_Body):
 class _Generation(_Body):
     """What both kinds of request share."""
 
-    # Values without effect; any other asks for what this server cannot do.
     _neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "presence_penalty": (0, None),
         "frequency_penalty": (0, None),
         "logit_bias": ({}, None),
     }
-    # These never change an answer.
     _ignored: ClassVar[frozenset[str]] = frozenset(
         {
             "metadata",
@@ -94,21 +112,6 @@ class _Generation(_Body):
     def includes_usage(self) -> bool:
         """Whether a stream ends with token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_has_no_effect(cls, document: Any) -> Any:
-        if not isinstance(document, dict):
-            return document
-        refused = [
-            f"`{key}` = {document[key]!r}"
-            for key, values in cls._neutral.items()
-            if key in document and document[key] not in values
-        ]
-        if refused:
-            raise ValueError(f"not supported by this server: {', '.join(refused)}; leave it out")
-        dropped = cls._ignored | cls._neutral.keys()
-        return {key: value for key, value in document.items() if key not in dropped}
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -179,6 +182,15 @@ class TextPart(_Body):
 
 class Message(_Body):
     """One message of a conversation."""
+
+    # Empty fields of an answer, which clients send back as it came.
+    _neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "annotations": ([], None),
+        "audio": (None,),
+        "function_call": (None,),
+        "refusal": (None,),
+        "tool_calls": ([], None),
+    }
 
     role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(

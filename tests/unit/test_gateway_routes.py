@@ -167,6 +167,7 @@ def test_call_when_route_is_wrong_has_the_openai_shape(gateway, method, path, st
     response = gateway.call(method, path)
     assert response.status_code == status
     assert response.json()["error"]["type"] == "invalid_request_error"
+    assert response.headers.get("Allow") == ("POST" if status == 405 else None)
 
 
 def test_post_when_body_is_too_large_is_413(tmp_path):

@@ -55,6 +55,15 @@ def test_chat_when_content_has_parts_joins_them(gateway):
     assert asked(gateway).prompts == (ChatPrompt((Turn("user", "ab"),)),)
 
 
+def test_chat_when_an_answer_is_sent_back_as_it_came_is_understood(gateway):
+    answer = gateway.chat().json()["choices"][0]["message"]
+    empty = {"annotations": None, "audio": None, "function_call": None, "tool_calls": []}
+    question = {"role": "user", "content": "go on"}
+    gateway.chat(messages=[{**answer, **empty}, question])
+    turns = (Turn("assistant", "Hello"), Turn("user", "go on"))
+    assert gateway.backend.asked[1].prompts == (ChatPrompt(turns),)
+
+
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
 def test_chat_when_tokens_are_limited_by_either_name_passes_it_on(gateway, field):
     gateway.chat(**{field: 5})
@@ -154,6 +163,7 @@ def test_completion_when_it_asks_for_what_is_not_offered_says_so(gateway, fields
         ({"messages": [{"role": "user"}]}, "`messages.0.content` is required"),
         ({"messages": [{"role": "user", "content": None}]}, "`messages.0.content`: expected"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "parts like"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "`tool_calls`"),
         ({"tools": [{"type": "function"}]}, "not supported by this server: `tools`"),
         ({"response_format": {"type": "json_object"}}, "`response_format`"),
         ({"top_logprobs": 3}, "only allowed with `logprobs`"),
@@ -165,6 +175,20 @@ def test_chat_when_a_field_is_wrong_names_it(gateway, fields, words):
     response = gateway.chat(**fields)
     assert response.status_code == 400
     assert words in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"k" * 100_000: 1},
+        {f"k{number}": 1 for number in range(10_000)},
+        {"logit_bias": {str(number): 1 for number in range(10_000)}},
+    ],
+)
+def test_completion_when_much_is_wrong_is_answered_briefly(gateway, fields):
+    response = gateway.complete(**fields)
+    assert response.status_code == 400
+    assert len(response.text) < 1000
 
 
 @pytest.mark.parametrize("body", [b"{", b"", b"[1", b"nonsense", b"\xff\xfe", b'{"a": 1,}'])
@@ -191,6 +215,7 @@ def test_post_when_body_is_no_request_is_refused(gateway, body):
         b'{"model": "tiny", "prompt": "x", "temperature": NaN}',
         b'{"model": "tiny", "prompt": "x", "temperature": Infinity}',
         b'{"model": "tiny", "prompt": "\\ud800"}',
+        b'{"model": "tiny", "prompt": "x", "\\ud800": 1}',
         b'{"model": "tiny", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"model": "tiny", "prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}",
     ],
