@@ -44,8 +44,8 @@ def make_key(path: Path, name: str) -> str:
     Raises ConfigError if the name is not allowed or already there.
     """
     check_name(name, "key name")
-    existing = path.read_text(encoding="utf-8") if path.exists() else ""
-    if path.exists() and name in _read(path).values():
+    existing = _text(path) if path.exists() else ""
+    if path.exists() and name in _parse(path).values():
         raise ConfigError(f"{path} has a key `{name}`. Choose another name, or remove its line.")
     key = _PREFIX + secrets.token_urlsafe(32)
     separator = "" if not existing or existing.endswith("\n") else "\n"
@@ -54,14 +54,21 @@ def make_key(path: Path, name: str) -> str:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """Return names by digest."""
+    """Return names by digest, at least one."""
+    names = _parse(path)
+    if not names:
+        raise ConfigError(f"{path} has no keys. Make one with `raysmith keys new`.")
+    return names
+
+
+def _parse(path: Path) -> dict[str, str]:
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         raise ConfigError(
             f"{path} has mode {mode:04o}, so others can read or change it. Run: chmod 600 {path}"
         )
     names: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text(path).splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         match = _LINE.fullmatch(line.strip())
@@ -70,20 +77,30 @@ def _read(path: Path) -> dict[str, str]:
         if match[1] in names.values():
             raise ConfigError(f"{path}, line {number}: a second key `{match[1]}`.")
         names[match[2]] = match[1]
-    if not names:
-        raise ConfigError(f"{path} has no keys. Make one with `raysmith keys new`.")
     return names
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from None
+    except UnicodeDecodeError:
+        raise _unreadable(path, "it is not UTF-8 text") from None
 
 
 def _stamp(path: Path) -> _Stamp:
     try:
         status = path.stat()
     except OSError as error:
-        raise ConfigError(
-            f"the file of API keys {path} cannot be read: {error.strerror}. "
-            "Make one with `raysmith keys new`."
-        ) from None
+        raise _unreadable(path, error.strerror or str(error)) from None
     return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def _unreadable(path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"the file of API keys {path} cannot be read: {reason}. Make one with `raysmith keys new`."
+    )
 
 
 def _write_private(path: Path, text: str) -> None:

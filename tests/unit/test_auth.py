@@ -63,6 +63,13 @@ def test_owner_when_file_vanished_raises(path):
         keys.owner(key)
 
 
+def test_make_key_when_every_key_was_removed_makes_the_first_again(path):
+    make_key(path, "alice")
+    write(path, "# none left\n")
+    key = make_key(path, "bob")
+    assert KeyRing(path).owner(key) == "bob"
+
+
 def test_make_key_when_name_exists_is_refused(path):
     make_key(path, "alice")
     with pytest.raises(ConfigError, match="has a key `alice`"):
@@ -95,6 +102,19 @@ def test_key_ring_when_others_may_read_is_refused(path, mode):
 def test_key_ring_when_file_is_wrong_names_the_line(path, text, expected):
     with pytest.raises(ConfigError, match=expected):
         KeyRing(write(path, text))
+
+
+def test_key_ring_when_file_is_no_text_says_so(path):
+    write(path, "")
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        KeyRing(path)
+
+
+def test_key_ring_when_path_is_a_folder_says_so(path):
+    path.mkdir(parents=True, mode=0o700)
+    with pytest.raises(ConfigError, match="directory"):
+        KeyRing(path)
 
 
 def test_key_ring_when_file_is_missing_says_what_to_do(path):
