@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.config import parse_config
 from cluster.errors import ConfigError
 from cluster.session import (
     HeadConfig,
@@ -81,15 +82,14 @@ def up(
     """Start a local cluster, or say where the running one is."""
 
     def action() -> None:
-        session = start_head(
-            HeadConfig(
-                name=name,
-                num_cpus=num_cpus,
-                gcs_port=port,
-                dashboard_port=dashboard_port,
-                serve_port=serve_port,
-            )
-        )
+        values = {
+            "name": name,
+            "num_cpus": num_cpus,
+            "gcs_port": port,
+            "dashboard_port": dashboard_port,
+            "serve_port": serve_port,
+        }
+        session = start_head(parse_config(HeadConfig, values, "raysmith up"))
         _show(session_values(session), f"cluster `{name}` is up", as_json=json)
 
     return guard(action)
@@ -212,12 +212,13 @@ def submit(
     wait: Annotated[bool, typer.Option(help="Follow the log until the job ends.")] = True,
 ) -> int:
     """Submit a job, as `ray job submit --working-dir . -- python -m jobs.JOB` does."""
-    from jobs.submit import submit_job
+    from jobs.submit import entrypoint, submit_job
 
     outcome: list[int] = []
 
     def action() -> None:
         arguments = job_arguments(config, overrides, dry_run=False, as_json=False)
+        entrypoint(job, arguments)  # A misspelt job is refused before a cluster is looked for.
         outcome.append(submit_job(find_session(name), job, arguments, wait=wait))
 
     return guard(action) or outcome[0]
@@ -262,7 +263,8 @@ def publish_model(
     from jobs.publish import publish
 
     def action() -> None:
-        config = PublishConfig(registry=registry, name=name, version=version, promote=promote)
+        values = {"registry": registry, "name": name, "version": version, "promote": promote}
+        config = parse_config(PublishConfig, values, "raysmith models publish")
         Console().print(f"published {publish(resolve_output(source), config).reference}")
 
     return guard(action)
@@ -304,7 +306,8 @@ def serve(
 
     def action() -> None:
         session = find_session(name)
-        config = DeployConfig(model=model, api_keys_file=api_keys, num_replicas=replicas)
+        values = {"model": model, "api_keys_file": api_keys, "num_replicas": replicas}
+        config = parse_config(DeployConfig, values, "raysmith serve")
         entry = deploy(config, registry, serve_api(session))
         Console().print(f"{entry.reference} answers at {session.serve_url}/v1")
 

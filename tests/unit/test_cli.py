@@ -37,7 +37,9 @@ def test_plan_when_asked_for_json_prints_the_items(capsys):
             ["plan", "--config", RECIPE, "--set", "model.decoder.num_layers=100000"],
             "GiB",
         ),
-        (["submit", "trane"], "no session `default`"),
+        (["submit", "trane"], "no job `trane`; there are: train"),
+        (["submit", "train"], "no session `default`"),
+        (["up", "--port", "99999"], "`gcs_port` = 99999"),
         (["models", "promote", "tiny"], "Give name@version"),
         (["models", "promote", "tiny@1"], "tiny"),
         (["serve", "tiny@production"], "no session `default`"),
@@ -62,6 +64,9 @@ def test_command_when_input_is_wrong_names_it_and_the_remedy(
         ["plan", "--config", RECIPE, "--set", "model.decoder.num_layers=100000"],
         ["plan", "--bogus"],
         ["keys", "new", "no/slash"],
+        ["submit", "trane"],
+        ["up", "--num-cpus", "0"],
+        ["models", "promote", "tiny"],
     ],
 )
 def test_command_when_input_is_wrong_exits_with_2(arguments: list[str]):
