@@ -4,7 +4,6 @@ Takes a CompressConfig; gives a new model directory with packed weights, the den
 tokenizer, and a manifest that says where it came from. Whether it is any good is for evaluation.
 """
 
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +11,12 @@ from typing import Any
 
 from cluster.errors import VersionExistsError
 from cluster.storage import MANIFEST, resolve_output, staged_directory, verify_directory
-from jobs.compression.packing import save_compressed
+from jobs.compression.packing import copy_companions, save_compressed
 from jobs.compression.recipe import apply_recipe, layouts, predicted_bytes
 from jobs.config import CompressConfig, DecoderConfig, Recipe
 from jobs.entry import Job, Rows, run_job
 from jobs.models import _hf, decoder
 from jobs.registry import find_model
-
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
 def compress(config: CompressConfig) -> Path:
@@ -44,7 +41,7 @@ def compress(config: CompressConfig) -> Path:
     }
     with staged_directory(target, manifest) as staging:
         save_compressed(compressed, staging)
-        _copy_companions(source, staging)
+        copy_companions(source, staging)
     return target
 
 
@@ -99,14 +96,6 @@ def _shape(directory: Path) -> DecoderConfig:
 def _parent(source: Path) -> dict[str, Any]:
     """Return the source's manifest, checked; empty for a plain Hugging Face directory."""
     return verify_directory(source) if (source / MANIFEST).is_file() else {}
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    """Copy what lies beside the weights (tokenizer, chat template, end tokens, licence)."""
-    for path in source.iterdir():
-        is_ours = path.name in (MANIFEST, _hf.CONFIG) or path.name.startswith(".")
-        if path.is_file() and not is_ours and not path.name.endswith(_WEIGHTS):
-            shutil.copyfile(path, target / path.name)
 
 
 JOB = Job(

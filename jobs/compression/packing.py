@@ -5,6 +5,7 @@ they are. Takes such a directory, or a dense one; gives a decoder whose linear l
 weights and run on the fastest operators of this machine. It does not know how weights were chosen.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import ModelFormatError
-from cluster.storage import GIB, verify_directory
+from cluster.storage import GIB, MANIFEST, verify_directory
 from jobs.compression import quantization_config
 from jobs.compression.recipe import Compressed
 from jobs.config import DecoderConfig
@@ -23,6 +24,7 @@ from jobs.models.decoder import Decoder
 
 _SHARD_BYTES = 5 * GIB
 _SCALE_DTYPE = torch.bfloat16
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
 @dataclass
@@ -59,6 +61,18 @@ def save_compressed(compressed: Compressed, directory: Path) -> None:
             tensors[name] = tensor.detach().to("cpu", torch.bfloat16)
     _weights.write_tensors(tensors, directory, _SHARD_BYTES)
     _hf.write_config(document, directory)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what lies beside a model's weights: tokenizer, chat template, end tokens, licence.
+
+    generation_config.json comes from the source, since it may list more end tokens than
+    config.json holds.
+    """
+    for path in source.iterdir():
+        is_written = path.name in (MANIFEST, _hf.CONFIG) or path.name.startswith(".")
+        if path.is_file() and not is_written and not path.name.endswith(_WEIGHTS):
+            shutil.copyfile(path, target / path.name)
 
 
 def load_model(

@@ -12,6 +12,7 @@ import torch
 
 from cluster.config import StrictModel
 from jobs.kernels.attention import SlotCache, Span
+from jobs.kernels.linear import resident_bytes
 from jobs.models.decoder import Decoder
 
 _WARM_UP_STEPS = 2
@@ -72,24 +73,6 @@ def compare_latency(
     return [run.summary(seconds) for run, seconds in zip(runs, times_s, strict=True)]
 
 
-def resident_bytes(model: Decoder) -> int:
-    """Return the bytes of all weights in memory; a tensor that is shared counts once.
-
-    Packed formats keep their weights in buffers, or in plain tensor attributes where an operator's
-    own layout is opaque; all are counted.
-    """
-    storages = {}
-    for module in model.modules():
-        held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        held += [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
-        for tensor in held:
-            if tensor.layout == torch.strided and tensor.device.type != "meta":
-                storages[_address(tensor)] = tensor.untyped_storage().nbytes()
-            else:
-                storages[id(tensor)] = tensor.numel() * tensor.element_size()
-    return sum(storages.values())
-
-
 class _DecodeRun:
     """One model's cache, filled with `context` random tokens for each sequence of the batch."""
 
@@ -145,7 +128,3 @@ class _DecodeRun:
             weight_bytes=resident_bytes(self.model),
             cache_bytes=self.cache.bytes(),
         )
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -18,15 +18,13 @@ from cluster.storage import (
     verify_directory,
     write_json,
 )
+from jobs.compression.packing import copy_companions
 from jobs.config import Recipe
 from jobs.evaluation.gate import Verdict
 from jobs.search.pareto import Point, front
 from jobs.search.plan import Search
 from jobs.search.rungs import BASE, Finish, Results, Task, measure, point_of
 from jobs.search.space import describe
-
-_SUFFIXES_OF_WEIGHTS = (".safetensors", ".safetensors.index.json")
-_WRITTEN_WITH_WEIGHTS = ("config.json", "generation_config.json", MANIFEST)
 
 
 class TrialRow(StrictModel):
@@ -119,10 +117,10 @@ def write_winner(search: Search, outcome: SearchOutcome) -> Path:
     packed = search.packed(outcome.winner)
     verify_directory(packed)
     with staged_directory(target, manifest, replace=True) as staging:
-        shutil.copytree(packed, staging, dirs_exist_ok=True, ignore=_without_manifest)
-        for path in search.model.iterdir():
-            if path.is_file() and not _belongs_to_weights(path.name):
-                shutil.copy2(path, staging / path.name)
+        shutil.copytree(
+            packed, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST)
+        )
+        copy_companions(search.model, staging)
     return target
 
 
@@ -204,11 +202,3 @@ def _winner_manifest(search: Search, outcome: SearchOutcome, row: TrialRow) -> d
             "search_config_digest": digest_bytes(search.config.model_dump_json().encode()),
         },
     }
-
-
-def _without_manifest(_folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if name == MANIFEST]
-
-
-def _belongs_to_weights(name: str) -> bool:
-    return name in _WRITTEN_WITH_WEIGHTS or name.endswith(_SUFFIXES_OF_WEIGHTS)

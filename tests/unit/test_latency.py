@@ -1,8 +1,11 @@
 from itertools import count
+from pathlib import Path
 
 import pytest
 
-from jobs.config import DecoderConfig
+from jobs.compression.packing import load_model, save_compressed
+from jobs.compression.recipe import apply_recipe
+from jobs.config import DecoderConfig, Recipe, Step
 from jobs.evaluation.latency import compare_latency, decode_latency
 from jobs.models.decoder import Decoder, build
 
@@ -42,6 +45,14 @@ def test_decode_latency_when_measured_counts_weights_and_cache(model: Decoder) -
     # 2 layers, keys and values, 2 slots, 12 positions, 1 head of 16 float32
     assert found.cache_bytes == 2 * 2 * 2 * 12 * 16 * 4
     assert found.p50_ms > 0
+
+
+def test_decode_latency_when_weights_are_packed_counts_them(model: Decoder, tmp_path: Path) -> None:
+    recipe = Recipe(steps=(Step(method="rtn", options={"scheme": "w8a8"}),))
+    save_compressed(apply_recipe(build(CONFIG, seed=0), recipe), tmp_path)
+    loaded = load_model(tmp_path, verify=False)
+    found = decode_latency(loaded.model, context=8, tokens=4, repeats=1)
+    assert found.weight_bytes == loaded.weight_bytes
 
 
 def test_compare_latency_when_given_two_models_measures_both(model: Decoder) -> None:
