@@ -18,7 +18,7 @@ gateway render them once, at their edge.
     │       └── ContextLengthError    a prompt, with what is asked for, longer than the context
     ├── ClusterError                  Ray cannot be reached, started or stopped
     │   └── VersionMismatchError      Ray or Python differ between here and the cluster
-    ├── StorageError                  reading or writing failed: disk full, no permission
+    ├── StorageError                  exit_code 2: disk full, no permission, unreadable
     │   └── IntegrityError            bytes differ from their recorded digest
     ├── TrainingError                 a training run ended without a model
     ├── SearchError                   a search ended without a result
@@ -103,7 +103,9 @@ class VersionMismatchError(ClusterError):
 
 
 class StorageError(RaysmithError):
-    """Reading or writing failed."""
+    """Reading or writing failed: what lies on the disk, or the room on it, is bad input."""
+
+    exit_code = 2
 
 
 class IntegrityError(StorageError):

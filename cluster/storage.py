@@ -61,6 +61,11 @@ def resolve_output(path: str | Path) -> Path:
     return path if path.is_absolute() else home() / path
 
 
+def find_input(path: str | Path) -> Path:
+    """Return a given path where it exists, else the same below the folder of outputs."""
+    return Path(path) if Path(path).exists() else resolve_output(path)
+
+
 def check_name(name: str, what: str = "name") -> str:
     """Return `name` if it is safe as one path component, else raise ConfigError."""
     if not _SAFE_NAME.fullmatch(name):
@@ -100,7 +105,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON document atomically."""
-    write_atomic(path, (json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
+    write_atomic(path, _json_bytes(document))
 
 
 @contextmanager
@@ -144,14 +149,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Return a directory's manifest after checking the manifest's own digest (not the files')."""
     path = directory / MANIFEST
     try:
-        document = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        document = json.loads(data)
     except FileNotFoundError:
         raise ModelFormatError(
             f"{directory} has no {MANIFEST}: it was not published whole."
         ) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise IntegrityError(f"{path} is damaged: {error}. Restore it or publish again.") from None
-    if not isinstance(document, dict) or document.get("self_sha256") != _self_digest(document):
+    if (
+        not isinstance(document, dict)
+        or document.get("self_sha256") != _self_digest(document)
+        or data != _json_bytes(document)  # a digest of values does not see a changed blank
+    ):
         raise IntegrityError(
             f"{path} is damaged: its own digest differs. Restore it or publish again."
         )
@@ -223,6 +233,10 @@ def _system_error(error: Exception, folder: Path) -> int | None:
 
 def _exists(target: Path) -> VersionExistsError:
     return VersionExistsError(f"{target} exists and is never overwritten. Choose another name.")
+
+
+def _json_bytes(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _self_digest(document: Mapping[str, Any]) -> str:

@@ -4,16 +4,25 @@ Takes a TrainConfig; gives a TrainingDemand for cluster/planner.py. It reads a m
 when training starts from a directory, and otherwise nothing; no torch.
 """
 
-from pathlib import Path
-
 from cluster.demand import LayerShape, TrainingDemand
+from cluster.errors import ConfigError
+from cluster.storage import find_input
 from jobs.config import DecoderConfig, TrainConfig
 from jobs.models import _hf
 
 
 def training_demand(config: TrainConfig) -> TrainingDemand:
-    """Return what a run asks for; ModelFormatError if `model.init_from` is no supported model."""
+    """Return what a run asks for.
+
+    Raises ModelFormatError if `model.init_from` is no supported model, ConfigError if sequences are
+    longer than the model's positions.
+    """
     decoder = resolve_decoder(config)
+    if config.seq_len > decoder.max_seq_len:
+        raise ConfigError(
+            f"seq_len={config.seq_len} exceeds the {decoder.max_seq_len} positions of "
+            f"model.init_from={config.model.init_from}. Lower seq_len."
+        )
     window = decoder.sliding_window or config.seq_len
     passes = config.max_steps // config.eval_every_steps + 1
     return TrainingDemand(
@@ -47,7 +56,7 @@ def resolve_decoder(config: TrainConfig) -> DecoderConfig:
     """Return the shape that is trained: a fresh one, or that of the directory to start from."""
     if config.model.init_from is None:
         return config.model.decoder
-    return _hf.from_hf_config(_hf.read_config(Path(config.model.init_from)))
+    return _hf.from_hf_config(_hf.read_config(find_input(config.model.init_from)))
 
 
 def count_parameters(decoder: DecoderConfig) -> int:
@@ -61,11 +70,6 @@ def count_matmul_parameters(decoder: DecoderConfig) -> int:
     """Return the weights that each token is multiplied by: linear layers and the output head."""
     head = decoder.vocab_size * decoder.hidden_size
     return head + decoder.num_layers * sum(_linears(decoder))
-
-
-def model_bytes(decoder: DecoderConfig, bytes_per_weight: int = 2) -> int:
-    """Return the bytes of a dense model's weights; two each in bfloat16."""
-    return count_parameters(decoder) * bytes_per_weight
 
 
 def _linears(decoder: DecoderConfig) -> tuple[int, int]:

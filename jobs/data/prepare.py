@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.errors import ConfigError, DataError, IntegrityError
-from cluster.storage import digest_file, read_manifest, resolve_output, staged_directory
+from cluster.storage import digest_file, find_input, read_manifest, staged_directory
 from jobs.config import DataConfig, TrainConfig
 from jobs.data.corpus import Deduplicator, text_batches, training_texts
 from jobs.data.encode import EncodeJob, encode_all
@@ -27,7 +27,7 @@ from jobs.data.tokenizer import (
     train_tokenizer,
 )
 from jobs.data.tokens import DATA_KIND, SPLITS, Split, token_dtype
-from jobs.models import _hf
+from jobs.plan import resolve_decoder
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -101,15 +101,8 @@ def _tokenizer_origin(config: TrainConfig) -> Path | None:
     return None if given is None else find_input(given)
 
 
-def find_input(path: str) -> Path:
-    """Return a given path where it exists, else the same below the folder of outputs."""
-    return Path(path) if Path(path).exists() else resolve_output(path)
-
-
 def _model_vocab_size(config: TrainConfig) -> int:
-    if config.model.init_from is None:
-        return config.model.decoder.vocab_size
-    return _hf.from_hf_config(_hf.read_config(find_input(config.model.init_from))).vocab_size
+    return resolve_decoder(config).vocab_size
 
 
 def _reuse(output: Path, request: dict[str, Any], config: TrainConfig) -> PreparedData:

@@ -13,9 +13,9 @@ from cluster.errors import ClusterError, IntegrityError
 from cluster.hardware import load_catalogue
 from cluster.inventory import Inventory, cluster_inventory, local_inventory
 from cluster.planner import TrainingPlan, plan_training
-from cluster.storage import verify_directory, write_json
+from cluster.storage import find_input, verify_directory, write_json
 from jobs.config import TrainConfig
-from jobs.data.prepare import find_input, prepare
+from jobs.data.prepare import prepare
 from jobs.plan import training_demand
 from jobs.training.outcome import TrainOutcome
 from jobs.training.progress import ProgressLine

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 import jobs.models
-from cluster.storage import MANIFEST, verify_directory
+from cluster.storage import MANIFEST, find_input, verify_directory
 from jobs.config import TrainConfig
-from jobs.data.prepare import TOKENIZER_FOLDER, find_input
+from jobs.data.prepare import TOKENIZER_FOLDER
 from jobs.data.tokenizer import check_fits, load_tokenizer
 from jobs.data.tokens import TokenSplit, open_split
 from jobs.plugins import load_plugin

@@ -20,10 +20,11 @@ def test_error_when_pickled_keeps_class_and_message(cls: type[errors.RaysmithErr
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_error_exit_code_is_two_for_the_users_mistakes_only(
+def test_error_exit_code_is_two_for_bad_input_and_bad_disks_only(
     cls: type[errors.RaysmithError],
 ) -> None:
-    assert cls("x").exit_code == (2 if issubclass(cls, errors.UserError) else 1)
+    is_bad_input = issubclass(cls, errors.UserError | errors.StorageError)
+    assert cls("x").exit_code == (2 if is_bad_input else 1)
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import ModelFormatError
+from cluster.errors import ConfigError, ModelFormatError
 from jobs.config import DecoderConfig, ModelConfig, ScalingConfig, TrainConfig
 from jobs.models import _hf
 from jobs.models import decoder as decoder_module
-from jobs.plan import count_matmul_parameters, count_parameters, model_bytes, training_demand
+from jobs.plan import count_matmul_parameters, count_parameters, training_demand
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -31,7 +31,6 @@ def test_count_parameters_equals_the_built_model(values: dict[str, Any]) -> None
         if type(module).__name__ == "Linear"
     )  # fmt: skip
     assert count_matmul_parameters(config) == linears
-    assert model_bytes(config) == 2 * count_parameters(config)
 
 
 def test_demand_follows_the_configuration() -> None:
@@ -66,6 +65,25 @@ def test_demand_when_starting_from_a_directory_reads_its_shape(tmp_path: Path) -
 def test_demand_when_the_directory_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="config"):
         training_demand(TrainConfig(name="t", model=ModelConfig(init_from=str(tmp_path))))
+
+
+def test_demand_when_sequences_exceed_the_directorys_positions_is_refused(tmp_path: Path) -> None:
+    shape = DecoderConfig(max_seq_len=64)
+    (tmp_path / "config.json").write_text(json.dumps(_hf.to_hf_config(shape)), encoding="utf-8")
+    with pytest.raises(ConfigError, match="seq_len=256 exceeds the 64 positions"):
+        training_demand(TrainConfig(name="t", model=ModelConfig(init_from=str(tmp_path))))
+
+
+def test_demand_when_the_directory_is_relative_starts_from_the_folder_of_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = DecoderConfig(num_layers=3)
+    (tmp_path / "dense").mkdir()
+    document = json.dumps(_hf.to_hf_config(shape))
+    (tmp_path / "dense" / "config.json").write_text(document, encoding="utf-8")
+    monkeypatch.setenv("RAYSMITH_HOME", str(tmp_path))
+    demand = training_demand(TrainConfig(name="t", model=ModelConfig(init_from="dense")))
+    assert demand.num_layers == 3
 
 
 def test_planning_imports_neither_torch_nor_ray() -> None:

@@ -73,6 +73,17 @@ def test_verify_when_manifest_value_is_changed_is_refused(tmp_path: Path) -> Non
         storage.verify_directory(tmp_path / "model")
 
 
+def test_read_manifest_when_only_a_blank_is_changed_is_refused(tmp_path: Path) -> None:
+    with storage.staged_directory(tmp_path / "m", {"rate": 1e-05}) as staging:
+        (staging / "a").write_text("x")
+    path = tmp_path / "m" / storage.MANIFEST
+    whole = path.read_bytes()
+    for damaged in (whole.replace(b"1e-05", b"1E-05"), whole[:-1] + b" "):
+        path.write_bytes(damaged)
+        with pytest.raises(IntegrityError, match="damaged"):
+            storage.read_manifest(tmp_path / "m")
+
+
 def test_verify_when_a_file_is_missing_or_extra_is_refused(tmp_path: Path) -> None:
     target = publish(tmp_path / "model")
     (target / "extra").write_text("", encoding="utf-8")
