@@ -5,12 +5,13 @@ The relations between fields are checked here; whether the work fits a machine i
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config import StrictModel
 
 Precision = Literal["fp32", "bf16"]
 Shape = Literal["llama", "qwen2", "qwen3", "mistral"]
+Scheme = Literal["bf16", "w8a8", "w4a16"]
 
 
 class RopeScaling(StrictModel):
@@ -245,10 +246,12 @@ class SearchConfig(StrictModel):
     model: str = Field(description="Directory of the dense model.")
     data: str = Field(description="Folder of packed shards, as a training run wrote it.")
     seq_len: int = Field(256, ge=2, description="Tokens of one evaluated sequence.")
-    schemes: tuple[str, ...] = Field(
+    schemes: tuple[Scheme, ...] = Field(
         ("bf16", "w8a8", "w4a16"), min_length=1, description="Formats a layer group may take."
     )
-    sparsities: tuple[float, ...] = Field((0.0,), min_length=1, description="Magnitude pruning.")
+    sparsities: tuple[float, ...] = Field(
+        (0.0,), min_length=1, description="Shares that magnitude pruning may set to zero."
+    )
     layers_per_group: int = Field(2, ge=1, description="Consecutive blocks that share a choice.")
     num_trials: int = Field(12, ge=1, description="Recipes tried on the first rung.")
     rungs: tuple[Rung, ...] = Field(
@@ -263,6 +266,13 @@ class SearchConfig(StrictModel):
     max_concurrent_trials: int = Field(2, ge=1, description="Trials at a time.")
     cpus_per_trial: float = Field(1.0, gt=0, description="CPUs reserved for each trial.")
     seed: int = Field(0, description="Seed of the proposals.")
+
+    @field_validator("sparsities")
+    @classmethod
+    def _check_sparsities(cls, sparsities: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 <= sparsity < 1 for sparsity in sparsities):
+            raise ValueError("each must be at least 0 and below 1")
+        return sparsities
 
     @model_validator(mode="after")
     def _check_rungs(self) -> Self:

@@ -11,16 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cluster.config import load_config
+from cluster.errors import ConfigError
 from cluster.serve_api import serve_api
 from cluster.storage import resolve_output
 from jobs.config import PipelineConfig
 from jobs.deploy import deploy
 from jobs.entry import Rows, add_options, guard, print_json, print_rows, value_rows
+from jobs.plan import resolve_decoder
 from jobs.publish import publish
-from jobs.search.launch import plan_rows as search_rows
 from jobs.search.launch import run_search
+from jobs.search.plan import plan_rows as search_rows
+from jobs.search.plan import preview_rows
 from jobs.training.launch import launch
 from jobs.training.launch import plan_rows as training_rows
+from jobs.training.run_folder import DATA_FOLDER, MODEL_FOLDER, run_folder
 
 Stage = Callable[[PipelineConfig], Mapping[str, Any]]
 
@@ -59,12 +63,43 @@ STAGES: dict[str, Stage] = {
 
 def plan_rows(config: PipelineConfig) -> Rows:
     """Return what all stages will do, without starting anything."""
+    planned = check_stages(config)
+    is_trained = resolve_output(config.search.model).is_dir()
     return [
         *((f"train: {name}", value) for name, value in training_rows(config.train)),
-        *((f"search: {name}", value) for name, value in search_rows(config.search)),
+        *(
+            (f"search: {name}", value)
+            for name, value in (search_rows(config.search) if is_trained else planned)
+        ),
         ("publish", f"{config.publish.name} in {resolve_output(config.publish.registry)}"),
         ("deploy", f"{config.deploy.model} on {config.deploy.num_replicas} replica(s)"),
     ]
+
+
+def check_stages(config: PipelineConfig) -> Rows:
+    """Return what the search will do with the model of the training run.
+
+    Raises ConfigError where a stage does not take what the one before it gives, or where the search
+    asks for what the model will not have: before the training is paid for.
+    """
+    run_dir = run_folder(config.train)
+    pairs = (
+        ("model", config.search.model, MODEL_FOLDER),
+        ("data", config.search.data, DATA_FOLDER),
+    )
+    for key, given, folder in pairs:
+        if resolve_output(given).resolve() != (run_dir / folder).resolve():
+            raise ConfigError(
+                f"`search.{key}` = {given} is not what the training run writes. "
+                f"Set it to {run_dir / folder}, or change `train.name`."
+            )
+    deployed = config.deploy.model.partition("@")[0]
+    if deployed != config.publish.name:
+        raise ConfigError(
+            f"`deploy.model` = {config.deploy.model} is not what is published as "
+            f"`publish.name` = {config.publish.name}. Set both to the same name."
+        )
+    return preview_rows(config.search, resolve_decoder(config.train))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,6 +120,7 @@ def _run(arguments: argparse.Namespace) -> None:
         rows = plan_rows(config)
         print_json(dict(rows)) if arguments.json else print_rows("pipeline: plan", rows)
         return
+    check_stages(config)
     results = {}
     for name in arguments.stage or STAGES:
         results[name] = dict(STAGES[name](config))

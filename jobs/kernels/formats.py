@@ -8,13 +8,14 @@ O output features, I input features, G groups of inputs that share a scale, N ro
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Scheme = Literal["bf16", "w8a8", "w4a16"]
+from jobs.config import Scheme as Scheme  # the name that layers and loaders import
+
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 DEFAULT_GROUP_SIZE = 128
 INT4_PER_INT32 = 8

@@ -8,11 +8,9 @@ from cluster.errors import GateRefusedError
 from cluster.session import connect
 from jobs.config import SearchConfig
 from jobs.search.journal import Journal
-from jobs.search.plan import Search, plan_rows, plan_search
+from jobs.search.plan import Search, plan_search
 from jobs.search.report import SearchOutcome, summarise, write_outcome, write_winner
 from jobs.search.rungs import Finish, decide
-
-__all__ = ["plan_rows", "run_search"]
 
 
 def run_search(config: SearchConfig) -> SearchOutcome:

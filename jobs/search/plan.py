@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ConfigError, ModelFormatError
-from cluster.storage import digest_bytes, read_manifest, resolve_output, verify_directory
+from cluster.storage import (
+    check_name,
+    digest_bytes,
+    read_manifest,
+    resolve_output,
+    verify_directory,
+)
 from jobs.compression.recipe import predicted_bytes
 from jobs.config import DecoderConfig, Recipe, SearchConfig
 from jobs.data.tokens import open_split
@@ -69,17 +75,12 @@ def plan_search(config: SearchConfig) -> Search:
     model_digest = verify_directory(model)["self_sha256"]
     decoder = _hf.from_hf_config(_hf.read_config(model))
     _check_data(config, data, decoder)
-    recipes = (Recipe(), *(each for each in proposals(config, decoder) if each.steps))
-    if len(recipes) == 1:
-        raise ConfigError(
-            f"`schemes` = {config.schemes} and `sparsities` = {config.sparsities} leave nothing to "
-            "try but the unchanged model. Add a scheme."
-        )
+    recipes = _recipes(config, decoder)
     data_digest = read_manifest(data)["self_sha256"]
     document = config.model_dump_json(exclude=_NOT_IN_FINGERPRINT)
     return Search(
         config=config,
-        run_dir=resolve_output(config.output_dir) / config.name,
+        run_dir=resolve_output(config.output_dir) / check_name(config.name, "search name"),
         model=model,
         data=data,
         decoder=decoder,
@@ -91,31 +92,56 @@ def plan_search(config: SearchConfig) -> Search:
 
 def plan_rows(config: SearchConfig) -> list[tuple[str, str]]:
     """Return what a search will do, as names and values to print."""
-    search = plan_search(config)
+    return preview_rows(config, plan_search(config).decoder)
+
+
+def preview_rows(config: SearchConfig, decoder: DecoderConfig) -> list[tuple[str, str]]:
+    """Return the same for a model of this shape that a training run has yet to write.
+
+    Raises ConfigError for what no model of this shape and no data could mend.
+    """
+    _check_positions(config, decoder)
+    recipes = _recipes(config, decoder)
+    base_bytes = predicted_bytes(decoder, Recipe())
     rows = [
-        ("model", f"{search.model} ({search.base_bytes:,} bytes in bf16)"),
-        ("data", str(search.data)),
-        ("layer groups", str(len(layer_groups(search.decoder, config.layers_per_group)))),
-        ("trials", f"{len(search.recipes)}, {config.max_concurrent_trials} at a time"),
+        ("model", f"{resolve_output(config.model)} ({base_bytes:,} bytes in bf16)"),
+        ("data", str(resolve_output(config.data))),
+        ("layer groups", str(len(layer_groups(decoder, config.layers_per_group)))),
+        ("trials", f"{len(recipes)}, {config.max_concurrent_trials} at a time"),
     ]
-    alive = len(search.recipes) - 1
+    alive = len(recipes) - 1
     for number, rung in enumerate(config.rungs):
         kind = "real kernels" if rung.real else "rounded weights"
         rows.append((f"rung {number}", f"{alive} trials, {rung.eval_sequences} sequences, {kind}"))
         alive = max(1, math.ceil(alive * rung.keep_ratio))
     rows.append(("gate", _gate_text(config)))
-    for number, recipe in enumerate(search.recipes):
-        ratio = predicted_bytes(search.decoder, recipe) / search.base_bytes
+    for number, recipe in enumerate(recipes):
+        ratio = predicted_bytes(decoder, recipe) / base_bytes
         rows.append((f"trial {number}", f"{describe(recipe)} ({ratio:.1%} of the bytes)"))
     return rows
 
 
-def _check_data(config: SearchConfig, data: Path, decoder: DecoderConfig) -> None:
+def _recipes(config: SearchConfig, decoder: DecoderConfig) -> tuple[Recipe, ...]:
+    """Return the candidates, the unchanged model first."""
+    recipes = (Recipe(), *(each for each in proposals(config, decoder) if each.steps))
+    if len(recipes) == 1:
+        raise ConfigError(
+            f"`schemes` = {config.schemes} and `sparsities` = {config.sparsities} leave nothing to "
+            "try but the unchanged model. Add a scheme."
+        )
+    return recipes
+
+
+def _check_positions(config: SearchConfig, decoder: DecoderConfig) -> None:
     if config.seq_len > decoder.max_seq_len:
         raise ConfigError(
             f"`seq_len` = {config.seq_len} exceeds the model's {decoder.max_seq_len} positions. "
             "Lower `seq_len`."
         )
+
+
+def _check_data(config: SearchConfig, data: Path, decoder: DecoderConfig) -> None:
+    _check_positions(config, decoder)
     needed = {
         "validation": max(rung.eval_sequences for rung in config.rungs),
         "test": config.gate.eval_sequences,

@@ -59,8 +59,6 @@ def proposals(config: SearchConfig, decoder: DecoderConfig) -> list[Recipe]:
     of all blocks changed, with one group changed, and random mixtures; then the same kinds beyond
     the limit, which show what quality the bytes would buy. Fewer come back if the space is smaller.
     """
-    if min(config.sparsities) < 0 or max(config.sparsities) >= 1:
-        raise ConfigError(f"`sparsities` = {config.sparsities}: each must be at least 0, below 1.")
     groups = layer_groups(decoder, config.layers_per_group)
     choices = sorted({Choice(s, p) for s, p in product(config.schemes, config.sparsities)})
     generator = random.Random(config.seed)

@@ -1,5 +1,6 @@
 import pytest
 
+from cluster.config import parse_config
 from cluster.errors import ConfigError
 from jobs.compression.recipe import layouts, predicted_bytes
 from jobs.config import DecoderConfig, Recipe, SearchConfig
@@ -80,9 +81,11 @@ def test_proposals_when_no_group_divides_the_widths_is_refused() -> None:
         proposals(_config(), decoder)
 
 
-def test_proposals_when_a_sparsity_is_out_of_range_is_refused() -> None:
-    with pytest.raises(ConfigError, match="sparsities"):
-        proposals(_config(sparsities=(1.0,)), DECODER)
+@pytest.mark.parametrize(("key", "value"), [("sparsities", 1.0), ("schemes", "w3a16")])
+def test_config_when_a_choice_does_not_exist_is_refused(key: str, value: object) -> None:
+    document = {"name": "s", "model": "m", "data": "d", key: [value]}
+    with pytest.raises(ConfigError, match=f"`{key}.* = .*{value!r}"):
+        parse_config(SearchConfig, document, "test")
 
 
 def test_layer_groups_when_blocks_do_not_divide_end_with_a_shorter_group() -> None:
