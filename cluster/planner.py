@@ -51,7 +51,7 @@ class TrainingPlan(StrictModel):
     peak_flops_per_s: float = Field(description="Of all workers together, at this precision.")
     hours: Band = Field(description="Duration.")
     usd: Band | None = Field(description="Cost at list prices; none where no price is known.")
-    is_spot: bool = Field(description="Whether spot prices were used.")
+    is_spot: bool = Field(description="Whether all nodes may be taken away at any time.")
     warnings: tuple[str, ...] = Field((), description="What was assumed or is tight.")
 
     @property
@@ -104,7 +104,7 @@ def plan_training(
     peak = peak_flops(slowest, demand.precision, per_worker * demand.num_workers)
     hours = _hours(demand, flops, peak, slowest.kind)
     is_spot = all(node.is_spot for node in nodes.values())
-    usd_per_h = _usd_per_h(placement, nodes, devices, per_worker)
+    usd_per_h = _usd_per_h(placement, nodes, devices, per_worker, warnings)
     if sum(item.bytes for item in memory) > 0.85 * capacity_bytes:
         warnings.append("memory is within 15% of the limit; lower micro_batch_size if it fails")
     return TrainingPlan(
@@ -187,7 +187,8 @@ def _capacity_bytes(
 ) -> int:
     if demand.gpus_per_worker:
         assert device.memory_bytes is not None, f"{device.name} has no memory in the catalogue"
-        return int(device.memory_bytes * _USABLE_SHARE)
+        # A worker computes on one device, or shares one with others.
+        return int(device.memory_bytes * _USABLE_SHARE * min(1.0, demand.gpus_per_worker))
     return int(node.memory_bytes * _USABLE_SHARE / num_workers)
 
 
@@ -222,12 +223,16 @@ def _usd_per_h(
     nodes: Mapping[str, Node],
     devices: Mapping[str, Accelerator],
     per_worker: float,
+    warnings: list[str],
 ) -> float | None:
     """Return what all devices of the placement cost per hour; None where one has no price."""
     total = 0.0
     for name, num_workers in placement.items():
         price = devices[name].price_usd_per_h
-        usd = price.spot if nodes[name].is_spot and price.spot is not None else price.on_demand
+        is_spot = nodes[name].is_spot
+        if is_spot and price.spot is None and price.on_demand is not None:
+            warnings.append(f"no spot price of {devices[name].name} is known; on demand is assumed")
+        usd = price.spot if is_spot and price.spot is not None else price.on_demand
         if usd is None:
             return None
         total += usd * per_worker * num_workers

@@ -129,6 +129,18 @@ def test_plan_on_gpus_counts_device_memory_and_price() -> None:
     assert result.usd.typical == pytest.approx(result.hours.typical * 8 * 3.49)
 
 
+def test_plan_when_workers_share_a_gpu_gives_each_its_share() -> None:
+    inventory = machines(8, gpus=1, accelerator="H100")
+    shared = plan(DEMAND.replace(gpus_per_worker=0.5), inventory)
+    whole = plan(ON_ONE_GPU, inventory)
+    assert shared.capacity_bytes == whole.capacity_bytes // 2
+
+
+def test_plan_when_no_spot_price_is_known_says_what_is_assumed() -> None:
+    result = plan(ON_ONE_GPU, machines(8, gpus=1, accelerator="A100-40G", is_spot=True))
+    assert any("no spot price of A100-40G" in warning for warning in result.warnings)
+
+
 def test_plan_on_spot_nodes_uses_the_spot_price() -> None:
     inventory = machines(8, gpus=1, accelerator="H100", is_spot=True)
     result = plan(ON_ONE_GPU, inventory)
