@@ -41,16 +41,6 @@ class Span:
         return self.start + self.length
 
 
-def causal_attention(config: DecoderConfig) -> Attention:
-    """Return attention over whole sequences that start at position 0 (training, scoring)."""
-    window = config.sliding_window
-
-    def attention(layer: int, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
-        return attend_causal(q_BTHD, k_BTKD, v_BTKD, window)
-
-    return attention
-
-
 def attend_causal(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int | None) -> Tensor:
     """Return o_BTHD where token t attends to itself and those before it, at most `window` of them.
 

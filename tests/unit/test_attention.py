@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jobs.config import DecoderConfig
-from jobs.kernels.attention import Attention, SlotCache, Span, attend_causal, causal_attention
+from jobs.kernels.attention import Attention, SlotCache, Span, attend_causal
 from jobs.kernels.blocked_attention import attend_blocked
 from jobs.models import decoder
 
@@ -53,12 +53,6 @@ def test_attend_causal_when_compared_to_the_plain_formula_is_equal(
     q, k, v = draw(2, 9, 4, 6), draw(2, 9, num_kv_heads, 6, seed=1), draw(2, 9, num_kv_heads, 6)
     found = attend_causal(q, k, v, window)
     torch.testing.assert_close(found, reference(q, k, v, window), atol=1e-5, rtol=0)
-
-
-def test_causal_attention_when_made_from_a_config_uses_its_window() -> None:
-    q, k, v = draw(1, 9, 4, 8), draw(1, 9, 2, 8, seed=1), draw(1, 9, 2, 8, seed=2)
-    attention = causal_attention(CONFIG.replace(sliding_window=4))
-    torch.testing.assert_close(attention(0, q, k, v), attend_causal(q, k, v, 4))
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 4])

@@ -79,6 +79,7 @@ def test_jsonl_when_read_gives_each_line(tmp_path: Path) -> None:
         ("[1]", r"expected an object, found list"),
         ('{"body": "x"}', r"no key `text`; there are: body"),
         ('{"text": 3}', r"`text` is int, expected a string"),
+        ('{"text": "\\ud800"}', r"line 1: `text` holds half of a surrogate pair"),
     ],
 )
 def test_jsonl_when_a_line_is_wrong_names_it(tmp_path: Path, line: str, message: str) -> None:

@@ -38,4 +38,17 @@ def _text_of(line: bytes, key: str, where: str) -> str:
     text = record[key]
     if not isinstance(text, str):
         raise DataError(f"{where}: `{key}` is {type(text).__name__}, expected a string.")
+    if not _is_unicode(text):
+        raise DataError(
+            f"{where}: `{key}` holds half of a surrogate pair, which is no character. "
+            "Correct the text or leave the line out."
+        )
     return text
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
