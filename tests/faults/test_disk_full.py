@@ -1,22 +1,21 @@
 """A disk that is really full: a small tmpfs in a mount namespace of its own."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-CAN_MOUNT = (
-    subprocess.run(
-        ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=1m tmpfs /mnt"],
-        capture_output=True,
-        check=False,
-    ).returncode
-    == 0
-    if sys.platform == "linux"
-    else False
-)
-pytestmark = pytest.mark.skipif(not CAN_MOUNT, reason="may not mount a tmpfs here")
+
+def can_mount() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    command = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=1m tmpfs /mnt"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+pytestmark = pytest.mark.skipif(not can_mount(), reason="may not mount a tmpfs here")
 
 SAVE_MODEL = """
 import sys
