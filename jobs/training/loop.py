@@ -103,14 +103,16 @@ class _Progress:
         decoder: Any = setup.model.config
         flops = flops_per_token(decoder, num_parameters, config.seq_len)
         peak = peak_flops_per_s(config.precision, setup.device, setup.world)
-        self._mfu_per_token_per_s = flops / peak
+        self._mfu_per_token_per_s = flops / peak if peak is not None else None
 
     def add(self, duration_s: float) -> None:
         """Count one step."""
         self._durations_s.append(duration_s)
 
-    def mfu(self, tokens_per_s: float) -> float:
-        """Return the share of the machines' peak that a speed amounts to."""
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """Return the share of the machines' peak that a speed amounts to, if the peak is known."""
+        if self._mfu_per_token_per_s is None:
+            return None
         return tokens_per_s * self._mfu_per_token_per_s
 
     @property

@@ -4,6 +4,7 @@ Takes measurements; gives `metrics.jsonl` and event files that hold each step on
 resume. It does not know how the measurements came about.
 """
 
+import logging
 import math
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,8 @@ from jobs.config import DecoderConfig, Precision
 from jobs.training.metrics_file import METRICS_FILE, as_lines, cut_back
 from jobs.training.outcome import StepMetrics
 from jobs.training.world import World
+
+_logger = logging.getLogger(__name__)
 
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -36,10 +39,17 @@ def flops_per_token(config: DecoderConfig, num_parameters: int, seq_len: int) ->
     return 6.0 * num_parameters + 12.0 * config.num_layers * attention_width * reach
 
 
-def peak_flops_per_s(precision: Precision, device: torch.device, world: World) -> float:
-    """Return the dense peak of all workers together: their threads' cores, or their GPUs."""
+def peak_flops_per_s(precision: Precision, device: torch.device, world: World) -> float | None:
+    """Return the dense peak of all workers together: their threads' cores, or their GPUs.
+
+    None for a GPU that the catalogue does not know; that is logged as a warning.
+    """
     if device.type == "cuda":
-        accelerator = hardware.load_catalogue().find(torch.cuda.get_device_name(device))
+        name = torch.cuda.get_device_name(device)
+        accelerator = hardware.load_catalogue().match(name)
+        if accelerator is None:
+            _logger.warning("%s is not in cluster/hardware.yaml: no share of peak is shown", name)
+            return None
         return hardware.peak_flops(accelerator, precision, world.size)
     cores = world.size * torch.get_num_threads()
     return hardware.peak_flops(hardware.detect_cpu(), precision, cores)
@@ -84,4 +94,6 @@ class MetricsLog:
             self._file.writelines(as_lines([{"step": step, **values}]))
             self._file.flush()
             for name, value in values.items():
+                if value is None:
+                    continue
                 self._events.add_scalar(f"{tag}/{name.removeprefix('validation_')}", value, step)

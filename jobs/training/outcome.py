@@ -13,7 +13,7 @@ class StepMetrics(StrictModel):
     lr: float
     grad_norm: float
     tokens_per_s: float
-    mfu: float
+    mfu: float | None
 
 
 class TrainOutcome(StrictModel):
@@ -26,6 +26,6 @@ class TrainOutcome(StrictModel):
     validation_loss: float
     tokens: int
     tokens_per_s: float
-    mfu: float
+    mfu: float | None
     num_workers: int
     resumed_from_step: int | None

@@ -80,10 +80,8 @@ class ProgressLine:
 
 def describe(entry: dict[str, Any]) -> str:
     """Return one step's line of metrics as text for people."""
-    return (
-        f"loss {entry['loss']:.4f}  {entry['tokens_per_s']:,.0f} tokens/s  "
-        f"{entry['mfu']:.1%} of peak"
-    )
+    speed = f"loss {entry['loss']:.4f}  {entry['tokens_per_s']:,.0f} tokens/s"
+    return speed if entry["mfu"] is None else f"{speed}  {entry['mfu']:.1%} of peak"
 
 
 def _newest_step(path: Path) -> dict[str, Any] | None:
