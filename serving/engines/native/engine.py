@@ -114,16 +114,17 @@ class NativeEngine:
 
     def _sequence(self, request: GenerateRequest, deliver: Deliver) -> Sequence:
         num_prompt, max_len = len(request.prompt_tokens), self._info.max_len
-        wrong = [t for t in request.prompt_tokens if not 0 <= t < self._info.vocab_size]
-        if wrong:
-            raise RequestError(
-                f"token id {wrong[0]} is not in the vocabulary of {self._info.vocab_size} tokens."
-            )
         max_tokens = max_len - num_prompt if request.max_tokens is None else request.max_tokens
         if num_prompt + max(max_tokens, 1) > max_len:
             raise ContextLengthError(
                 f"this model's context is {max_len} tokens; the prompt has {num_prompt}, and "
                 f"{max(max_tokens, 1)} were asked for. Shorten the prompt or lower `max_tokens`."
+            )
+        # Only now: this takes long for a prompt of millions of tokens, and holds the event loop.
+        wrong = [t for t in request.prompt_tokens if not 0 <= t < self._info.vocab_size]
+        if wrong:
+            raise RequestError(
+                f"token id {wrong[0]} is not in the vocabulary of {self._info.vocab_size} tokens."
             )
         if request.stop and self._decoder is None:
             raise RequestError("`stop` needs a tokenizer, and this engine has none.")
