@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from cluster.errors import ConfigError
@@ -20,6 +20,17 @@ class StrictModel(BaseModel):
     """Base of all configuration and value models: frozen, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `true` for a number: YAML reads `yes` and `on` as true, and pydantic that as 1."""
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            kinds = set(get_args(annotation) or (annotation,))
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("expected a number")
+        return value
 
     def replace(self, **changes: Any) -> Self:
         """Return a validated copy with some fields changed."""

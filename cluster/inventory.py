@@ -17,6 +17,7 @@ import psutil
 from pydantic import Field
 
 from cluster.config import StrictModel
+from cluster.errors import PlacementError
 from cluster.hardware import Catalogue, detect_cpu, load_catalogue
 
 _ACCELERATOR_RESOURCE = "accelerator_type:"
@@ -134,7 +135,13 @@ def _local_gpu_names() -> list[str]:
     if tool is None:
         return []
     command = [tool, "--query-gpu=name", "--format=csv,noheader"]
-    listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:
+        raise PlacementError(
+            "nvidia-smi did not answer within 20 s, so this machine's GPUs cannot be counted. "
+            "Run it by hand; a driver that hangs needs a restart."
+        ) from None
     if listed.returncode != 0:
         return []  # the tool is installed but there is no driver: this machine has no usable GPU
     return [row[0].strip() for row in csv.reader(listed.stdout.splitlines()) if row]

@@ -153,7 +153,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         document = json.loads(data)
     except FileNotFoundError:
         raise ModelFormatError(
-            f"{directory} has no {MANIFEST}: it was not published whole."
+            f"{directory} has no {MANIFEST}: it was not published whole. "
+            "Write it again, or give another directory."
         ) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise IntegrityError(f"{path} is damaged: {error}. Restore it or publish again.") from None

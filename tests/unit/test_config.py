@@ -5,6 +5,7 @@ from pydantic import Field
 
 from cluster.config import StrictModel, load_config, parse_config
 from cluster.errors import ConfigError
+from jobs.config import TrainConfig
 
 
 class Inner(StrictModel):
@@ -90,3 +91,10 @@ def test_replace_when_value_is_out_of_bounds_is_refused() -> None:
 
 def test_parse_when_document_is_whole_returns_the_model() -> None:
     assert parse_config(Inner, {"depth": 2}, "here") == Inner(depth=2)
+
+
+def test_config_when_a_number_is_given_as_truth_is_refused() -> None:
+    for value in ("true", "yes"):
+        with pytest.raises(ConfigError, match="`max_steps` = True: expected a number"):
+            load_config(TrainConfig, overrides=["name=a", f"max_steps={value}"])
+    assert load_config(TrainConfig, overrides=["name=a", "compile=yes"]).compile
