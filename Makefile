@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 KEEP ?=
+TODAY := $(shell date +%F)
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: setup demo test lint format bench docs down
@@ -32,8 +33,8 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python -m benchmarks.training --quick --json benchmarks/results/training-quick.json
-	$(BIN)/python -m benchmarks.serving --quick --json benchmarks/results/serving-quick.json
+	$(BIN)/python -m benchmarks.training --quick --json benchmarks/results/$(TODAY)-training-quick.json
+	$(BIN)/python -m benchmarks.serving --quick --json benchmarks/results/$(TODAY)-serving-quick.json
 
 docs: setup
 	$(BIN)/python docs/generate.py

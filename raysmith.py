@@ -297,6 +297,10 @@ def serve(
     api_keys: Annotated[str, typer.Option(help="File of API keys.")] = "runs/api-keys",
     registry: RegistryRoot = "runs/registry",
     replicas: Annotated[int, typer.Option(min=1, help="Replicas of the engine.")] = 1,
+    application: Annotated[
+        str, typer.Option(help="Serve application; one of this name is replaced.")
+    ] = "raysmith",
+    route_prefix: Annotated[str, typer.Option(help="Path it answers under.")] = "/",
     name: Name = "default",
 ) -> int:
     """Offer a published model over REST."""
@@ -306,10 +310,18 @@ def serve(
 
     def action() -> None:
         session = find_session(name)
-        values = {"model": model, "api_keys_file": api_keys, "num_replicas": replicas}
+        values = {
+            "model": model,
+            "api_keys_file": api_keys,
+            "num_replicas": replicas,
+            "application": application,
+            "route_prefix": route_prefix,
+        }
         config = parse_config(DeployConfig, values, "raysmith serve")
         entry = deploy(config, registry, serve_api(session))
-        Console().print(f"{entry.reference} answers at {session.serve_url}/v1")
+        Console().print(
+            f"{entry.reference} answers at {session.serve_url}{route_prefix.rstrip('/')}/v1"
+        )
 
     return guard(action)
 

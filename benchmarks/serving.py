@@ -29,7 +29,7 @@ from serving.engines.native.config import EngineConfig
 from serving.engines.native.engine import NativeEngine
 from serving.engines.native.loading import start
 
-CLAIM = "With packed weights the native engine outruns transformers' generate"
+CLAIM = "Generation: the native engine beside transformers' generate"
 BASELINE = "transformers float32"
 _COMPRESSED_SCHEMES = ("w8a8", "w4a16")
 

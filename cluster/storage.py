@@ -134,7 +134,7 @@ def staged_directory(
 def write_manifest(directory: Path, values: Mapping[str, Any]) -> None:
     """Sync every file below `directory` and write its manifest with their digests, last."""
     files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
+    for path in sorted(_files_of(directory)):
         _sync_file(path)
         files[path.relative_to(directory).as_posix()] = {
             "sha256": digest_file(path),
@@ -142,6 +142,8 @@ def write_manifest(directory: Path, values: Mapping[str, Any]) -> None:
         }
     document = {**values, "files": files}
     document["self_sha256"] = _self_digest(document)
+    for folder in (path for path in directory.rglob("*") if path.is_dir()):
+        _sync_folder(folder)
     write_json(directory / MANIFEST, document)
 
 
@@ -176,11 +178,7 @@ def verify_directory(directory: Path) -> dict[str, Any]:
     """
     document = read_manifest(directory)
     recorded: dict[str, Any] = document["files"]
-    present = {
-        p.relative_to(directory).as_posix()
-        for p in directory.rglob("*")
-        if p.is_file() and p.name != MANIFEST
-    }
+    present = {path.relative_to(directory).as_posix() for path in _files_of(directory)}
     if extra := sorted(present - recorded.keys()):
         raise IntegrityError(f"{directory / extra[0]} is not in the manifest. Remove the file.")
     for name, entry in recorded.items():
@@ -256,6 +254,12 @@ def _rename_into_place(staging: Path, target: Path, *, replace: bool) -> None:
     else:
         staging.rename(target)
     _sync_folder(target.parent)
+
+
+def _files_of(directory: Path) -> list[Path]:
+    """Return every file below a directory but its manifest."""
+    own = directory / MANIFEST
+    return [path for path in directory.rglob("*") if path.is_file() and path != own]
 
 
 def _sync_file(path: Path) -> None:

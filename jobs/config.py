@@ -138,7 +138,9 @@ class ScalingConfig(StrictModel):
 
     num_workers: int = Field(1, ge=1, description="Data-parallel workers.")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs reserved for each worker.")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs reserved for each worker.")
+    gpus_per_worker: float = Field(
+        0.0, ge=0, le=1, description="GPUs reserved for each worker; a worker uses one."
+    )
     max_failures: int = Field(3, ge=0, description="Restarts before the run fails.")
 
 
@@ -316,6 +318,7 @@ class DeployConfig(StrictModel):
     """The Ray Serve application that offers a published model."""
 
     application: str = Field("raysmith", description="Name of the Serve application.")
+    route_prefix: str = Field("/", pattern="^/", description="Path the application answers under.")
     import_path: str = Field("serving.app:build", description="What `serve deploy` imports.")
     model: str = Field(description="name@version or name@production.")
     num_replicas: int = Field(1, ge=1, description="Replicas of the engine.")

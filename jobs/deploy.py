@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, ConfigError
 from cluster.storage import resolve_output
 from jobs.config import DeployConfig
 from jobs.registry import Entry, Registry
@@ -33,7 +33,7 @@ def application(config: DeployConfig, registry: Path, entry: Entry) -> dict[str,
     """Return the Serve application that offers one registry entry."""
     return {
         "name": config.application,
-        "route_prefix": "/",
+        "route_prefix": config.route_prefix,
         "import_path": config.import_path,
         "args": {
             "registry": str(registry),
@@ -46,12 +46,22 @@ def application(config: DeployConfig, registry: Path, entry: Entry) -> dict[str,
 
 
 def merge(details: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the applications to deploy: those running now, with `new` added or in its place."""
+    """Return the applications to deploy: those running now, with `new` added or in its place.
+
+    Raises ConfigError if another application answers under the same path.
+    """
     running = [
         app["deployed_app_config"]
         for name, app in details.get("applications", {}).items()
         if name != new["name"] and app.get("deployed_app_config")
     ]
+    for app in running:
+        if app.get("route_prefix", "/") == new["route_prefix"]:
+            raise ConfigError(
+                f"application `{app['name']}` answers under `{new['route_prefix']}` already. "
+                f"Deploy under its name to replace it, or set another `route_prefix` for "
+                f"`{new['name']}`."
+            )
     return [*running, dict(new)]
 
 

@@ -17,7 +17,7 @@ from cluster.session import Session, job_client
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-JOBS = ("train", "search", "compress", "evaluate", "pipeline")
+JOBS = ("train", "search", "compress", "evaluate", "publish", "pipeline")
 
 
 def entrypoint(job: str, arguments: Sequence[str]) -> str:

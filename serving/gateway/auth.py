@@ -94,7 +94,7 @@ def _stamp(path: Path) -> _Stamp:
         status = path.stat()
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from None
-    return status.st_mtime_ns, status.st_ino, status.st_size
+    return status.st_ctime_ns, status.st_ino, status.st_size
 
 
 def _unreadable(path: Path, reason: str) -> ConfigError:

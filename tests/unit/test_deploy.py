@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import ClusterError, ModelNotFoundError
+from cluster.errors import ClusterError, ConfigError, ModelNotFoundError
 from cluster.storage import staged_directory
 from jobs.config import DeployConfig
 from jobs.deploy import deploy, merge
@@ -71,11 +71,17 @@ def test_deploy_when_the_application_fails_raises_with_serves_message(registry: 
 def test_merge_when_other_applications_run_keeps_them_and_replaces_its_own():
     details = {
         "applications": {
-            "other": {"deployed_app_config": {"name": "other"}},
+            "other": {"deployed_app_config": {"name": "other", "route_prefix": "/other"}},
             "mine": {"deployed_app_config": {"name": "mine", "args": 1}},
         }
     }
-    assert merge(details, {"name": "mine", "args": 2}) == [
-        {"name": "other"},
-        {"name": "mine", "args": 2},
+    assert merge(details, {"name": "mine", "route_prefix": "/", "args": 2}) == [
+        {"name": "other", "route_prefix": "/other"},
+        {"name": "mine", "route_prefix": "/", "args": 2},
     ]
+
+
+def test_merge_when_another_application_has_the_path_names_both():
+    details = {"applications": {"other": {"deployed_app_config": {"name": "other"}}}}
+    with pytest.raises(ConfigError, match=r"`other` answers under `/` already.*`mine`"):
+        merge(details, {"name": "mine", "route_prefix": "/"})

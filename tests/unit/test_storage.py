@@ -143,3 +143,13 @@ def test_home_when_inside_a_jobs_temporary_folder_is_refused(
     monkeypatch.chdir(folder)
     with pytest.raises(ConfigError, match="would be deleted"):
         storage.home()
+
+
+def test_verify_when_a_manifest_in_a_subfolder_is_damaged_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with storage.staged_directory(target, {"kind": "model"}) as staging:
+        (staging / "tokenizer").mkdir()
+        (staging / "tokenizer" / storage.MANIFEST).write_text("{}")
+    (target / "tokenizer" / storage.MANIFEST).write_text("[]")
+    with pytest.raises(IntegrityError, match="tokenizer"):
+        storage.verify_directory(target)

@@ -18,6 +18,7 @@ from cluster.storage import MIB
 from jobs.compression.packing import load_model
 from jobs.data.tokenizer import check_fits, load_tokenizer
 from jobs.kernels.attention import SlotCache
+from jobs.kernels.linear import resident_bytes
 from jobs.models.decoder import Decoder, stop_token_ids
 from serving.engines._protocol import EngineInfo
 from serving.engines.native.config import EngineConfig
@@ -82,7 +83,7 @@ def start(
         vocab_size=model.config.vocab_size,
         max_len=max_len,
         max_slots=config.max_slots,
-        weight_bytes=_resident_bytes(model) if weight_bytes is None else weight_bytes,
+        weight_bytes=resident_bytes(model) if weight_bytes is None else weight_bytes,
         cache_bytes=cache.bytes(),
         schemes=dict(schemes or {}),
         operators=dict(operators or {}),
@@ -125,8 +126,3 @@ def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     if config.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-
-
-def _resident_bytes(model: Decoder) -> int:
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values())
