@@ -4,6 +4,7 @@ Takes words; gives exit codes: 0 done, 1 the run failed, 2 bad input, 130 interr
 that knows all three packages; each command hands over to one function of theirs.
 """
 
+import importlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -153,59 +154,34 @@ def plan(config: Config = None, overrides: Overrides = None, json: Json = False)
     return job.main(job_arguments(config, overrides, dry_run=True, as_json=json))
 
 
-@app.command()
-def train(
-    config: Config = None, overrides: Overrides = None, dry_run: DryRun = False, json: Json = False
-) -> int:
-    """Train a model on the running cluster."""
-    from jobs import train as job
-
-    return job.main(job_arguments(config, overrides, dry_run=dry_run, as_json=json))
-
-
-@app.command()
-def search(
-    config: Config = None, overrides: Overrides = None, dry_run: DryRun = False, json: Json = False
-) -> int:
-    """Search for the smallest model that still passes the gate."""
-    from jobs.search import __main__ as job
-
-    return job.main(job_arguments(config, overrides, dry_run=dry_run, as_json=json))
+def _add_job_command(name: str, module: str, purpose: str) -> None:
+    @app.command(name, help=purpose)
+    def run_job_command(
+        config: Config = None,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        json: Json = False,
+    ) -> int:
+        job = importlib.import_module(module)
+        arguments = job_arguments(config, overrides, dry_run=dry_run, as_json=json)
+        return int(job.main(arguments))
 
 
-@app.command()
-def compress(
-    config: Config = None, overrides: Overrides = None, dry_run: DryRun = False, json: Json = False
-) -> int:
-    """Apply one compression recipe to one model."""
-    from jobs import compress as job
-
-    return job.main(job_arguments(config, overrides, dry_run=dry_run, as_json=json))
-
-
-@app.command()
-def evaluate(
-    config: Config = None, overrides: Overrides = None, dry_run: DryRun = False, json: Json = False
-) -> int:
-    """Measure a compressed model beside the one it came from, and judge it."""
-    from jobs import evaluate as job
-
-    return job.main(job_arguments(config, overrides, dry_run=dry_run, as_json=json))
-
-
-@app.command()
-def pipeline(
-    config: Config = None, overrides: Overrides = None, dry_run: DryRun = False, json: Json = False
-) -> int:
-    """Train, search, publish and deploy, in this order."""
-    from jobs import pipeline as job
-
-    return job.main(job_arguments(config, overrides, dry_run=dry_run, as_json=json))
+for _name, _module, _purpose in (
+    ("train", "jobs.train", "Train a model on the running cluster."),
+    ("search", "jobs.search.__main__", "Search for the smallest model that passes the gate."),
+    ("compress", "jobs.compress", "Apply one compression recipe to one model."),
+    ("evaluate", "jobs.evaluate", "Measure a model beside its origin, and judge it."),
+    ("pipeline", "jobs.pipeline", "Train, search, publish and deploy, in this order."),
+):
+    _add_job_command(_name, _module, _purpose)
 
 
 @app.command()
 def submit(
-    job: Annotated[str, typer.Argument(help="train, search, compress, evaluate or pipeline.")],
+    job: Annotated[
+        str, typer.Argument(help="train, search, compress, evaluate, publish, pipeline.")
+    ],
     config: Config = None,
     overrides: Overrides = None,
     name: Name = "default",

@@ -18,7 +18,6 @@ from jobs.compression.recipe import predicted_bytes
 from jobs.config import DecoderConfig, EvaluateConfig, Recipe
 from jobs.data.tokens import TokenSplit, open_split
 from jobs.evaluation.gate import Measurement, Verdict, judge
-from jobs.evaluation.intervals import perplexity_increase
 from jobs.evaluation.latency import Latency, compare_latency
 from jobs.evaluation.quality import sequence_losses
 from jobs.models import _hf
@@ -127,15 +126,10 @@ def _measure(
 ) -> Measurement:
     gate = config.gate
     sequences = held_out_sequences(split, gate.eval_sequences, config.seq_len, gate.seed)
-    losses = sequence_losses(loaded.model, sequences)
-    base_losses = sequence_losses(base.model, sequences)
-    return Measurement(
-        perplexity_increase=perplexity_increase(
-            base_losses, losses, samples=gate.bootstrap_samples, seed=gate.seed
-        ),
-        base_perplexity=float(np.exp(base_losses.mean())),
-        perplexity=float(np.exp(losses.mean())),
-        num_sequences=len(sequences),
+    return Measurement.from_losses(
+        sequence_losses(base.model, sequences),
+        sequence_losses(loaded.model, sequences),
+        gate,
         size_bytes=0,
         base_size_bytes=predicted_bytes(base.config, Recipe()),
     )

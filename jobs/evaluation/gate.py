@@ -5,14 +5,16 @@ does not know how anything was measured or what happens to a refused model.
 """
 
 import math
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from cluster.config import StrictModel
 from cluster.errors import GateRefusedError
 from jobs.config import GateConfig
-from jobs.evaluation.intervals import Interval
+from jobs.evaluation.intervals import Interval, perplexity_increase
 
 
 class Measurement(StrictModel):
@@ -26,6 +28,28 @@ class Measurement(StrictModel):
     base_size_bytes: int
     latency_ms: float | None = None
     base_latency_ms: float | None = None
+
+    @classmethod
+    def from_losses(
+        cls,
+        base_losses: NDArray[np.float64],
+        losses: NDArray[np.float64],
+        limits: GateConfig,
+        **measured: int | float | None,
+    ) -> Self:
+        """Return a measurement from two models' losses, in nats per token, of equal sequences.
+
+        `measured` are the sizes and latencies.
+        """
+        return cls(
+            perplexity_increase=perplexity_increase(
+                base_losses, losses, samples=limits.bootstrap_samples, seed=limits.seed
+            ),
+            base_perplexity=float(np.exp(base_losses.mean())),
+            perplexity=float(np.exp(losses.mean())),
+            num_sequences=len(losses),
+            **measured,
+        )
 
     @property
     def size_ratio(self) -> float:

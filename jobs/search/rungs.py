@@ -16,7 +16,6 @@ from cluster.config import StrictModel
 from cluster.errors import SearchError
 from jobs.config import SearchConfig
 from jobs.evaluation.gate import Measurement, Verdict, judge
-from jobs.evaluation.intervals import perplexity_increase
 from jobs.search.pareto import Point, ranks, violation
 
 BASE = 0
@@ -97,15 +96,10 @@ def promote(
 
 def measure(config: SearchConfig, base_bytes: int, base: Result, found: Result) -> Measurement:
     """Return a candidate's measurement beside the unchanged model, from losses in pairs."""
-    gate = config.gate
-    base_losses, losses = np.asarray(base.losses), np.asarray(found.losses)
-    return Measurement(
-        perplexity_increase=perplexity_increase(
-            base_losses, losses, samples=gate.bootstrap_samples, seed=gate.seed
-        ),
-        base_perplexity=float(np.exp(base_losses.mean())),
-        perplexity=float(np.exp(losses.mean())),
-        num_sequences=len(losses),
+    return Measurement.from_losses(
+        np.asarray(base.losses),
+        np.asarray(found.losses),
+        config.gate,
         size_bytes=found.size_bytes,
         base_size_bytes=base_bytes,
         latency_ms=found.latency_ms,
