@@ -175,7 +175,8 @@ async def _stream_lines(
     """Yield the server-sent events of an answer, all but the last one."""
     header, rendering = question.header(), question.rendering
     tally = _Tally(question.inference.total_choices)
-    yield b"".join(map(_line, rendering.opening(header, len(tally.choices))))
+    opening = rendering.opening(header, len(tally.choices))
+    yield b"".join(_chunk_line(question, chunk) for chunk in opening)
     try:
         yield _batch_lines(question, header, tally, first)
         async for batch in events:
@@ -197,10 +198,15 @@ def _batch_lines(question: Question, header: Header, tally: _Tally, batch: list[
         has_news = event.text or event.finish_reason or event.logprobs or header.has_token_ids
         if has_news:
             offset = tokens_length(tally.choices[event.choice].logprobs)
-            lines.append(_line(question.rendering.chunk(header, event, offset)))
+            lines.append(_chunk_line(question, question.rendering.chunk(header, event, offset)))
         tally.choices[event.choice].add(event)
     tally.add([event for event in batch if isinstance(event, Started)])
     return b"".join(lines)
+
+
+def _chunk_line(question: Question, chunk: dict[str, object]) -> bytes:
+    """Return a chunk's event; where usage is asked for, OpenAI states it as null until the end."""
+    return _line({**chunk, "usage": None} if question.includes_usage else chunk)
 
 
 def _line(document: dict[str, object]) -> bytes:

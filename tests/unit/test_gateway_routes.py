@@ -81,8 +81,9 @@ def test_stream_when_completion_is_asked_for_gives_its_pieces(gateway):
 
 def test_stream_when_usage_is_asked_for_ends_with_it(gateway):
     response = gateway.complete(stream=True, stream_options={"include_usage": True})
-    last = stream_documents(response)[-1]
+    *chunks, last = stream_documents(response)
     assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 2)
+    assert [chunk["usage"] for chunk in chunks] == [None, None]
 
 
 def test_stream_when_chat_is_asked_for_begins_with_the_role(gateway):
