@@ -80,7 +80,7 @@ def up(
     serve_port: Annotated[int, typer.Option(help="Port of the REST gateway.")] = 8000,
     json: Json = False,
 ) -> int:
-    """Start a local cluster, or say where the running one is."""
+    """Start a local cluster."""
 
     def action() -> None:
         values = {
@@ -98,7 +98,7 @@ def up(
 
 @app.command()
 def status(json: Json = False) -> int:
-    """Show the local clusters that run, their machines and their addresses."""
+    """Show the local clusters that run and their addresses."""
 
     def action() -> None:
         sessions = [session_values(session) for session in list_sessions()]
@@ -324,7 +324,10 @@ def demo(
     from jobs.demo import run_demo
     from serving.gateway.auth import make_key
 
-    return guard(lambda: run_demo(keep=keep, make_key=make_key))
+    return guard(
+        lambda: run_demo(keep=keep, make_key=make_key),
+        interrupted="the cluster is stopped; the demo starts afresh next time",
+    )
 
 
 # --- shared ------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def load_config(
     Values of overrides are YAML, so `--set steps=3` is an integer and `--set paths=[a,b]` a list.
     Raises ConfigError with every problem found, each with its key, value and remedy.
     """
-    source = str(path) if path is not None else "the defaults"
+    source = str(path) if path is not None else "no --config given"
     document = _read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(document, override)

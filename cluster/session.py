@@ -67,7 +67,8 @@ def start_head(config: HeadConfig) -> Session:
             if old.is_alive:
                 raise ClusterError(
                     f"session `{config.name}` already runs (pid {old.pid}, {old.dashboard_url}). "
-                    "Use it, stop it with `raysmith down`, or choose another name."
+                    f"Use it, stop it with `raysmith down --name {config.name}`, or start another "
+                    "with `--name`."
                 )
             stop_head(old)
         return _launch(config, _draft(config))

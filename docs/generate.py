@@ -9,6 +9,8 @@ from typer.main import get_command
 
 import raysmith
 from jobs import config as job_configs
+from jobs.compression import methods
+from jobs.plugins import load_plugin, plugin_names
 
 REFERENCE = Path(__file__).parent / "reference"
 TOP_LEVEL = ("TrainConfig", "SearchConfig", "CompressConfig", "EvaluateConfig", "PipelineConfig")
@@ -29,6 +31,13 @@ def configuration_page() -> str:
         parts.append(f"\n## {name}\n\n{(model.__doc__ or '').strip().splitlines()[0]}\n")
         parts.append("\n| key | type | default | meaning |\n|---|---|---|---|\n")
         parts.extend(_field_row(key, field) for key, field in model.model_fields.items())
+    parts.append("\n# Compression methods\n\nThe `method` of a step, and its `options`.\n")
+    for name in plugin_names(methods):
+        plugin = load_plugin(methods, name, what="compression method")
+        parts.append(f"\n## {name}\n\n{(plugin.__doc__ or '').strip().splitlines()[0]}\n")
+        parts.append("\n| option | type | default | meaning |\n|---|---|---|---|\n")
+        fields = plugin.Options.model_fields
+        parts.extend(_field_row(key, field) for key, field in fields.items())
     return "".join(parts)
 
 

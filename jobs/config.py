@@ -195,7 +195,7 @@ class TrainConfig(StrictModel):
 class Step(StrictModel):
     """One step of a compression recipe."""
 
-    method: str = Field(description="Plug-in in jobs/compression.")
+    method: str = Field(description="Plug-in in jobs/compression/methods: rtn, magnitude.")
     targets: tuple[str, ...] = Field(
         ("*",), min_length=1, description="Glob patterns over names of linear layers."
     )

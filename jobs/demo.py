@@ -6,7 +6,6 @@ the official `openai` client. It does not know how any stage works.
 """
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -29,12 +28,12 @@ from jobs.config import PipelineConfig
 from jobs.evaluation.parity import Endpoint, ParityReport, check_parity
 from jobs.registry import Registry
 from jobs.report import DemoFacts, require_learned, table, write_report
+from jobs.submit import is_rays_own
 
 RECIPE = Path("deploy/recipes/demo.yaml")
 PROMPT = "def read_"
 MAX_TOKENS, TEMPERATURE, SEED = 48, 0.7, 1
 NUM_PARITY_PROMPTS = 50
-_RAYS_OWN = re.compile(r"\d{4}-\d\d-\d\d |\x1b\[\d+m\(|Running entrypoint |\s*$")
 _log = Console(stderr=True)
 
 
@@ -55,12 +54,13 @@ def run_demo(*, keep: bool, make_key: Callable[[Path, str], str]) -> None:
     began_s = time.monotonic()
     root = _repository()
     out = home() / "runs" / "demo"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    key = make_key(out / "api-keys", "demo")
+    # The cluster first: where a demo was kept up, this refuses and leaves its files alone.
     session = start_head(HeadConfig(name="demo", gcs_port=0, dashboard_port=0, serve_port=0))
     _log.print(f"cluster up; dashboard {session.dashboard_url} (token in {session.token_path})")
     try:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        key = make_key(out / "api-keys", "demo")
         config = load_config(PipelineConfig, root / RECIPE)
         stage_seconds = {
             stage: _submit(session, root, stage, out)
@@ -112,7 +112,7 @@ def _submit(session: Session, root: Path, stage: str, out: Path) -> float:
         assert process.stdout is not None, "the pipe was asked for"
         for line in process.stdout:
             log.write(line)
-            if not _RAYS_OWN.match(line):
+            if not is_rays_own(line):
                 _log.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
         code = process.wait()
     if code != 0:

@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import ModelT, load_config
-from cluster.errors import RaysmithError
+from cluster.errors import GateRefusedError, RaysmithError
 
 INTERRUPTED = 130
+GO_ON = "run the same command again to go on"
 Rows = Sequence[tuple[str, str]]
 
 
@@ -27,7 +28,8 @@ Rows = Sequence[tuple[str, str]]
 class Job(Generic[ModelT]):
     """One kind of job: its config, its plan as rows to print, and its run.
 
-    `run` returns the values that `--json` prints. `plan` must not start anything.
+    `run` returns the values that `--json` prints. `plan` must not start anything. Where `refusal`
+    gives a reason, the values are printed and the job failed nevertheless.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Job(Generic[ModelT]):
     config: type[ModelT]
     plan: Callable[[ModelT], Rows]
     run: Callable[[ModelT], Mapping[str, Any]]
+    refusal: Callable[[Mapping[str, Any]], str | None] = lambda values: None
 
 
 def run_job(job: Job[ModelT], argv: Sequence[str] | None = None) -> int:
@@ -45,7 +48,7 @@ def run_job(job: Job[ModelT], argv: Sequence[str] | None = None) -> int:
     return guard(lambda: _run(job, arguments))
 
 
-def guard(action: Callable[[], None]) -> int:
+def guard(action: Callable[[], None], *, interrupted: str = GO_ON) -> int:
     """Run `action`, render a RaysmithError or Ctrl-C on standard error, return the exit code."""
     console = Console(stderr=True)
     try:
@@ -55,7 +58,7 @@ def guard(action: Callable[[], None]) -> int:
         console.print(error.message, markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
-        console.print("interrupted; run the same command again to go on", style="yellow")
+        console.print(f"interrupted; {interrupted}", style="yellow")
         return INTERRUPTED
     return 0
 
@@ -75,7 +78,8 @@ def print_json(values: Mapping[str, Any]) -> None:
 
 def value_rows(values: Mapping[str, Any]) -> Rows:
     """Return values as rows to print, numbers to six digits."""
-    return [(key.replace("_", " "), _short(value)) for key, value in values.items()]
+    shown = ((key, value) for key, value in values.items() if value is not None)
+    return [(key.replace("_", " "), _short(value)) for key, value in shown]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +111,8 @@ def _run(job: Job[ModelT], arguments: argparse.Namespace) -> None:
         print_json(values)
     else:
         print_rows(job.name, value_rows(values))
+    if reason := job.refusal(values):
+        raise GateRefusedError(reason)
 
 
 def _short(value: Any) -> str:

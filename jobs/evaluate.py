@@ -13,6 +13,7 @@ JOB = Job(
     config=EvaluateConfig,
     plan=plan_rows,
     run=lambda config: evaluate(config).summary(),
+    refusal=lambda values: None if values["passed"] else "the gate refused the model",
 )
 
 

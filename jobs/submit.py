@@ -5,6 +5,7 @@ with the job, less what .gitignore names.
 """
 
 import asyncio
+import re
 import shlex
 import sys
 import uuid
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import ClusterError, ConfigError
 from cluster.session import Session, job_client
+from jobs.entry import INTERRUPTED
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+_RAYS_OWN = re.compile(r"\d{4}-\d\d-\d\d |\x1b\[\d+m\(|Running entrypoint |\s*$")
 JOBS = ("train", "search", "compress", "evaluate", "publish", "pipeline")
 
 
@@ -46,13 +49,26 @@ def submit_job(session: Session, job: str, arguments: Sequence[str], *, wait: bo
     sys.stdout.flush()
     if not wait:
         return 0
-    asyncio.run(_follow(client, submission_id))
+    try:
+        asyncio.run(_follow(client, submission_id))
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            f"{submission_id} goes on. Follow it with `ray job logs --follow {submission_id}`, end "
+            f'it with `ray job stop {submission_id}` (after `eval "$(raysmith env)"`).\n'
+        )
+        return INTERRUPTED
     status = client.get_job_status(submission_id)
     sys.stderr.write(f"{submission_id} {status.value}\n")
     return 0 if status.value == "SUCCEEDED" else 1
 
 
+def is_rays_own(line: str) -> bool:
+    """Return whether a line of a job's log is Ray speaking of itself, or empty."""
+    return _RAYS_OWN.match(line) is not None
+
+
 async def _follow(client: "JobSubmissionClient", submission_id: str) -> None:
     async for lines in client.tail_job_logs(submission_id):
-        sys.stderr.write(lines)
+        kept = (line for line in lines.splitlines(keepends=True) if not is_rays_own(line))
+        sys.stderr.writelines(kept)
         sys.stderr.flush()

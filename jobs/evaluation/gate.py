@@ -94,7 +94,8 @@ def require_passed(manifest: dict[str, Any], what: str) -> Verdict:
     if not isinstance(gate, dict):
         raise GateRefusedError(
             f"{what} was not judged: its manifest has no gate verdict. "
-            "Run `python -m jobs.evaluate --set record=true` on it, or a search, before publishing."
+            "Judge it with `raysmith evaluate --set record=true` and its `model`, `base` and "
+            "`data`, or let a search find one; a model that is not compressed is not published."
         )
     verdict = Verdict.model_validate(gate)
     if not verdict.passed:

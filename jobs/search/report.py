@@ -173,8 +173,8 @@ def _nearest(end: Finish) -> Verdict | None:
 def _why(end: Finish, recipes: Sequence[Recipe]) -> str:
     if end.winner is not None:
         return (
-            f"{describe(recipes[end.winner])}: the smallest of {len(end.finalists)} finalists that "
-            f"passed the gate on data no rung had seen ({len(end.verdicts)} shown to it)"
+            f"{describe(recipes[end.winner])}: of {len(end.finalists)} finalists, by size, the "
+            f"first to pass the gate on data no rung had seen ({len(end.verdicts)} judged there)"
         )
     nearest = min(end.verdicts, key=lambda each: len(end.verdicts[each].reasons), default=None)
     if nearest is None:

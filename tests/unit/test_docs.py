@@ -7,6 +7,9 @@ from types import ModuleType
 
 import pytest
 
+from cluster.config import load_config
+from jobs import config as job_configs
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -38,3 +41,18 @@ def test_every_field_of_a_configuration_has_a_sentence(generator: ModuleType):
     page = generator.pages()["configuration.md"]
     assert "| None |" not in page
     assert "TrainConfig" in page
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [
+        ("stdlib-tiny", "TrainConfig"),
+        ("stdlib-tiny-search", "SearchConfig"),
+        ("compress-w4a16", "CompressConfig"),
+        ("evaluate-w4a16", "EvaluateConfig"),
+        ("demo", "PipelineConfig"),
+    ],
+)
+def test_every_recipe_is_a_valid_configuration(recipe: str, model: str):
+    config = load_config(getattr(job_configs, model), ROOT / f"deploy/recipes/{recipe}.yaml")
+    assert config.model_dump()

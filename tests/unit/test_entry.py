@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,13 @@ def test_run_job_when_a_bug_raises_does_not_hide_it():
     job, _ = make_job(fail)
     with pytest.raises(AssertionError, match="a bug"):
         run_job(job, [])
+
+
+def test_run_job_when_the_result_is_refused_prints_it_and_exits_1(capsys):
+    job, ran = make_job()
+    refusing = replace(job, refusal=lambda values: f"loss {values['loss']:.1f} is too high")
+    assert run_job(refusing, ["--json"]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["steps"] == 3
+    assert "loss 1.2 is too high" in shown.err
+    assert len(ran) == 1
