@@ -150,11 +150,7 @@ def write_private(path: Path, data: bytes) -> None:
     """Write a file that only its owner can read, at any moment."""
     with storage_errors(f"writing {path}"):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        previous = os.umask(0o077)
-        try:
-            write_atomic(path, data)
-        finally:
-            os.umask(previous)
+    write_atomic(path, data, mode=0o600)
 
 
 @contextlib.contextmanager

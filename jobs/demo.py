@@ -23,8 +23,10 @@ from rich.console import Console
 from cluster.config import load_config
 from cluster.errors import RaysmithError
 from cluster.session import HeadConfig, Session, start_head, stop_head
-from cluster.storage import home, write_json
+from cluster.storage import resolve_output, write_json
 from jobs.config import PipelineConfig
+from jobs.data.tokenizer import load_tokenizer
+from jobs.data.tokens import open_split
 from jobs.evaluation.parity import Endpoint, ParityReport, check_parity
 from jobs.registry import Registry
 from jobs.report import DemoFacts, require_learned, table, write_report
@@ -53,7 +55,7 @@ def run_demo(*, keep: bool, make_key: Callable[[Path, str], str]) -> None:
     """
     began_s = time.monotonic()
     root = _repository()
-    out = home() / "runs" / "demo"
+    out = resolve_output("runs/demo")
     # The cluster first: where a demo was kept up, this refuses and leaves its files alone.
     session = start_head(HeadConfig(name="demo", gcs_port=0, dashboard_port=0, serve_port=0))
     _log.print(f"cluster up; dashboard {session.dashboard_url} (token in {session.token_path})")
@@ -135,8 +137,7 @@ def _job_list(session: Session) -> list[dict[str, str]]:
 def _ask(
     session: Session, config: PipelineConfig, key: str, stage_seconds: dict[str, float]
 ) -> DemoFacts:
-    registry = Registry(home() / config.publish.registry)
-    entry = registry.resolve(config.deploy.model)
+    entry = Registry(resolve_output(config.publish.registry)).resolve(config.deploy.model)
     client = OpenAI(base_url=f"{session.serve_url}/v1", api_key=key)
     model = client.models.list().data[0].id
     whole = client.completions.create(
@@ -156,8 +157,8 @@ def _ask(
         parity_equal=parity.num_equal,
         parity_prompts=parity.num_prompts,
         stage_seconds=stage_seconds,
-        train_dir=str(home() / config.train.output_dir / config.train.name),
-        search_dir=str(home() / config.search.output_dir / config.search.name),
+        train_dir=str(resolve_output(config.train.output_dir) / config.train.name),
+        search_dir=str(resolve_output(config.search.output_dir) / config.search.name),
     )
 
 
@@ -187,10 +188,7 @@ def stream_answer(client: OpenAI, model: str, prompt: str) -> Answer:
 
 def _prompts(config: PipelineConfig) -> list[str]:
     """Return the beginnings of held-out sequences, of different lengths."""
-    from jobs.data.tokenizer import load_tokenizer
-    from jobs.data.tokens import open_split
-
-    folder = home() / config.search.data
+    folder = resolve_output(config.search.data)
     tokenizer = load_tokenizer(folder / "tokenizer")
     split = open_split(folder, "test")
     count = min(NUM_PARITY_PROMPTS, split.num_sequences(64))

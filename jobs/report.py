@@ -55,8 +55,9 @@ def table(facts: DemoFacts) -> Table:
 def rows(facts: DemoFacts) -> list[Row]:
     """Return the summary's lines."""
     summary = _read(facts.train_dir, "summary.json")
-    winner = _winner(facts)
-    numbers = _read(facts.search_dir, "search.json")["verdict"]["numbers"]
+    search = _read(facts.search_dir, "search.json")
+    numbers = search["verdict"]["numbers"]
+    winner = next(t for t in search["trials"] if t["candidate"] == search["winner"])
     untrained = math.log(_vocab_size(facts))
     loss = summary["validation_loss"]
     base_bytes, size_bytes = numbers["base_size_bytes"], numbers["size_bytes"]
@@ -181,12 +182,6 @@ def _size_plot(search: dict[str, Any]) -> str:
 
 def _vocab_size(facts: DemoFacts) -> int:
     return int(_read(facts.train_dir, "model/config.json")["vocab_size"])
-
-
-def _winner(facts: DemoFacts) -> dict[str, Any]:
-    search = _read(facts.search_dir, "search.json")
-    trials = {trial["candidate"]: trial for trial in search["trials"]}
-    return dict(trials[search["winner"]])
 
 
 def _read(folder: str, name: str) -> dict[str, Any]:

@@ -5,15 +5,13 @@ Takes a path; gives the name behind a key. It does not know HTTP. A line is `nam
 """
 
 import hashlib
-import os
 import re
 import secrets
 import stat
-import uuid
 from pathlib import Path
 
 from cluster.errors import ConfigError
-from cluster.storage import check_name, storage_errors
+from cluster.storage import check_name, write_atomic
 
 _PREFIX = "rs-"
 _LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*):([0-9a-f]{64})")
@@ -49,7 +47,8 @@ def make_key(path: Path, name: str) -> str:
         raise ConfigError(f"{path} has a key `{name}`. Choose another name, or remove its line.")
     key = _PREFIX + secrets.token_urlsafe(32)
     separator = "" if not existing or existing.endswith("\n") else "\n"
-    _write_private(path, f"{existing}{separator}{name}:{_digest(key)}\n")
+    line = f"{name}:{_digest(key)}\n"
+    write_atomic(path, f"{existing}{separator}{line}".encode(), mode=0o600)
     return key
 
 
@@ -101,21 +100,6 @@ def _unreadable(path: Path, reason: str) -> ConfigError:
     return ConfigError(
         f"the file of API keys {path} cannot be read: {reason}. Make one with `raysmith keys new`."
     )
-
-
-def _write_private(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with storage_errors(f"writing {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _digest(key: str) -> str:
