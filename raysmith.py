@@ -7,16 +7,16 @@ that knows all three packages; each command hands over to one function of theirs
 import importlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+import raysmith_accounts
+import raysmith_models
 from cluster.config import parse_config
-from cluster.errors import ConfigError
 from cluster.session import (
     HeadConfig,
     Session,
@@ -27,7 +27,6 @@ from cluster.session import (
     start_head,
     stop_head,
 )
-from cluster.storage import resolve_output
 from jobs.entry import guard, print_json, print_rows
 
 app = typer.Typer(
@@ -36,10 +35,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-models_app = typer.Typer(help="Published models: list, publish, promote, roll back.")
-keys_app = typer.Typer(help="API keys of the gateway.")
-app.add_typer(models_app, name="models", no_args_is_help=True)
-app.add_typer(keys_app, name="keys", no_args_is_help=True)
+app.add_typer(raysmith_models.models_app, name="models", no_args_is_help=True)
+app.command("serve")(raysmith_models.serve)
+app.add_typer(raysmith_accounts.teams_app, name="teams", no_args_is_help=True)
+app.add_typer(raysmith_accounts.keys_app, name="keys", no_args_is_help=True)
+app.command("usage")(raysmith_accounts.show_usage)
 
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file.")]
 Overrides = Annotated[
@@ -200,120 +200,7 @@ def submit(
     return guard(action) or outcome[0]
 
 
-# --- models ------------------------------------------------------------------------------------
-
-
-@models_app.command("list")
-def list_models(registry: RegistryRoot = "runs/registry", json: Json = False) -> int:
-    """List every published version."""
-    from jobs.registry import Registry
-
-    def action() -> None:
-        entries = [e.model_dump(mode="json") for e in Registry(resolve_output(registry)).entries()]
-        if json:
-            print_json({"models": entries})
-            return
-        table = Table("model", "aliases", "size", "published", title="published models")
-        for entry in entries:
-            table.add_row(
-                f"{entry['name']}@{entry['version']}",
-                ", ".join(entry["aliases"]),
-                f"{entry['size_bytes'] / 2**20:.2f} MiB",
-                entry["published_at"],
-            )
-        Console().print(table)
-
-    return guard(action)
-
-
-@models_app.command("publish")
-def publish_model(
-    source: Annotated[Path, typer.Argument(help="Model directory whose manifest passed the gate.")],
-    name: Annotated[str, typer.Argument(help="Name to publish under.")],
-    version: Annotated[str | None, typer.Option(help="Version; unset: the next number.")] = None,
-    registry: RegistryRoot = "runs/registry",
-    promote: Annotated[bool, typer.Option(help="Point name@production to it.")] = False,
-) -> int:
-    """Publish a model directory as an immutable version."""
-    from jobs.config import PublishConfig
-    from jobs.publish import publish
-
-    def action() -> None:
-        values = {"registry": registry, "name": name, "version": version, "promote": promote}
-        config = parse_config(PublishConfig, values, "raysmith models publish")
-        Console().print(f"published {publish(resolve_output(source), config).reference}")
-
-    return guard(action)
-
-
-@models_app.command("promote")
-def promote_model(
-    reference: Annotated[str, typer.Argument(help="name@version.")],
-    registry: RegistryRoot = "runs/registry",
-) -> int:
-    """Point name@production to a version."""
-    return _change_alias(reference, registry, lambda r, name, version: r.promote(name, version))
-
-
-@models_app.command("rollback")
-def roll_back_model(
-    name: Annotated[str, typer.Argument(help="Name of the model.")],
-    registry: RegistryRoot = "runs/registry",
-) -> int:
-    """Point name@production back to the version before."""
-    return _change_alias(f"{name}@-", registry, lambda r, model, _: r.roll_back(model))
-
-
-# --- serving -----------------------------------------------------------------------------------
-
-
-@app.command()
-def serve(
-    model: Annotated[str, typer.Argument(help="name@version or name@production.")],
-    api_keys: Annotated[str, typer.Option(help="File of API keys.")] = "runs/api-keys",
-    registry: RegistryRoot = "runs/registry",
-    replicas: Annotated[int, typer.Option(min=1, help="Replicas of the engine.")] = 1,
-    application: Annotated[
-        str, typer.Option(help="Serve application; one of this name is replaced.")
-    ] = "raysmith",
-    route_prefix: Annotated[str, typer.Option(help="Path it answers under.")] = "/",
-    name: Name = "default",
-) -> int:
-    """Offer a published model over REST."""
-    from cluster.serve_api import serve_api
-    from jobs.config import DeployConfig
-    from jobs.deploy import deploy
-
-    def action() -> None:
-        session = find_session(name)
-        values = {
-            "model": model,
-            "api_keys_file": api_keys,
-            "num_replicas": replicas,
-            "application": application,
-            "route_prefix": route_prefix,
-        }
-        config = parse_config(DeployConfig, values, "raysmith serve")
-        entry = deploy(config, registry, serve_api(session))
-        Console().print(
-            f"{entry.reference} answers at {session.serve_url}{route_prefix.rstrip('/')}/v1"
-        )
-
-    return guard(action)
-
-
-@keys_app.command("new")
-def new_key(
-    owner: Annotated[str, typer.Argument(help="Who will use it.")],
-    file: Annotated[str, typer.Option(help="File of API keys.")] = "runs/api-keys",
-) -> int:
-    """Make an API key; it is shown once, only its digest is kept."""
-    from serving.gateway.auth import make_key
-
-    def action() -> None:
-        sys.stdout.write(make_key(resolve_output(file), owner) + "\n")
-
-    return guard(action)
+# --- demo --------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -322,10 +209,9 @@ def demo(
 ) -> int:
     """Train, shrink, publish and serve a small model, and write runs/demo/report.html."""
     from jobs.demo import run_demo
-    from serving.gateway.auth import make_key
 
     return guard(
-        lambda: run_demo(keep=keep, make_key=make_key),
+        lambda: run_demo(keep=keep),
         interrupted="the cluster is stopped; the demo starts afresh next time",
     )
 
@@ -365,19 +251,6 @@ def _show(values: dict[str, Any], title: str, *, as_json: bool) -> None:
 
 def _rows(values: dict[str, Any]) -> list[tuple[str, str]]:
     return [(key.replace("_", " "), str(value)) for key, value in values.items()]
-
-
-def _change_alias(reference: str, root: str, change: Callable[[Any, str, str], Any]) -> int:
-    from jobs.registry import Registry
-
-    def action() -> None:
-        name, separator, version = reference.partition("@")
-        if not separator or not version:
-            raise ConfigError(f"`{reference}` names no version. Give name@version.")
-        entry = change(Registry(resolve_output(root)), name, version)
-        Console().print(f"{name}@production is now {entry.reference}")
-
-    return guard(action)
 
 
 if __name__ == "__main__":

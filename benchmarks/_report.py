@@ -54,14 +54,7 @@ def run_benchmark(
         torch.set_num_threads(arguments.threads)
     given = sys.argv[1:] if argv is None else argv
     try:
-        document = {
-            "claim": claim,
-            "command": f"python -m benchmarks.{module} {shlex.join(given)}".strip(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "hardware": describe_hardware(),
-            "versions": describe_versions(),
-            **measure(arguments),
-        }
+        document = {**document_of(claim, module, given), **measure(arguments)}
         if arguments.json is not None:
             write_json(arguments.json, document)
     except RaysmithError as error:
@@ -69,6 +62,17 @@ def run_benchmark(
         return error.exit_code
     print_cases(claim, document["cases"])
     return 0
+
+
+def document_of(claim: str, module: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return what every report begins with: claim, command, date, hardware, versions."""
+    return {
+        "claim": claim,
+        "command": f"python -m benchmarks.{module} {shlex.join(arguments)}".strip(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": describe_hardware(),
+        "versions": describe_versions(),
+    }
 
 
 def alternate(

@@ -13,13 +13,15 @@ gateway render them once, at their edge.
     │   ├── ModelFormatError          a model directory that is not one, or of an unsupported shape
     │   ├── ModelNotFoundError        no such name, version or alias in the registry
     │   ├── VersionExistsError        a published version is never overwritten
+    │   ├── AccountError              no such team or key, or one that is there already
     │   ├── PortTakenError            another process listens on a port that is needed
     │   └── RequestError              an inference request out of bounds
     │       └── ContextLengthError    a prompt, with what is asked for, longer than the context
     ├── ClusterError                  Ray cannot be reached, started or stopped
     │   └── VersionMismatchError      Ray or Python differ between here and the cluster
     ├── StorageError                  exit_code 2: disk full, no permission, unreadable
-    │   └── IntegrityError            bytes differ from their recorded digest
+    │   ├── IntegrityError            bytes differ from their recorded digest
+    │   └── LedgerError               the ledger cannot be opened, read or written
     ├── TrainingError                 a training run ended without a model
     ├── SearchError                   a search ended without a result
     ├── GateRefusedError              a model was measured and is not good, small or fast enough
@@ -82,6 +84,10 @@ class VersionExistsError(UserError):
     """A published version would be overwritten."""
 
 
+class AccountError(UserError):
+    """The ledger has no such team or key, or has one already."""
+
+
 class PortTakenError(UserError):
     """Another process listens on a port that is needed."""
 
@@ -110,6 +116,10 @@ class StorageError(RaysmithError):
 
 class IntegrityError(StorageError):
     """Bytes differ from their recorded digest."""
+
+
+class LedgerError(StorageError):
+    """The ledger cannot be opened, read or written."""
 
 
 class TrainingError(RaysmithError):

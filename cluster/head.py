@@ -26,7 +26,7 @@ class HeadConfig(StrictModel):
     num_cpus: int | None = Field(None, ge=1, description="CPUs to offer; unset: all.")
     gcs_port: int = Field(6379, ge=0, le=65535, description="Port that drivers connect to.")
     dashboard_port: int = Field(8265, ge=0, le=65535, description="Port of jobs API and pages.")
-    serve_port: int = Field(8000, ge=0, le=65535, description="Port of the Ray Serve proxy.")
+    serve_port: int = Field(8000, ge=0, le=65535, description="Port of the REST gateway.")
     object_store_bytes: int = Field(512 * MIB, ge=80 * MIB, description="Shared object memory.")
 
 
@@ -62,6 +62,8 @@ def head_environment(session: Session) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # Synchronous reports of Ray Train wait for this poll; its default is 2 s.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+        # How often replicas tell Ray Serve their load; the default is 10 s.
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
         # A local head has no traffic to move elsewhere; the default waits 30 s for that.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }

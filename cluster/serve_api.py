@@ -1,11 +1,12 @@
 """Ray Serve's REST API on the cluster that this process belongs to.
 
-Takes a session, or finds the cluster as a Ray job sees it; gives a client and the port that Serve
-listens on. It does not know what an application is.
+Takes a session, or finds the cluster as a Ray job sees it; gives a client and the port that the
+gateway shall listen on. It does not know what an application is.
 """
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster.errors import ClusterError, ConfigError
@@ -20,6 +21,7 @@ class ServeApi:
 
     dashboard_url: str
     http_port: int
+    token_path: str | None = None
 
     def details(self) -> dict[str, Any]:
         """Return the state of every application and deployment."""
@@ -33,11 +35,19 @@ class ServeApi:
         from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # deferred: slow import
 
         try:
-            return getattr(ServeSubmissionClient(self.dashboard_url), method)(*arguments)
+            client = ServeSubmissionClient(self.dashboard_url, headers=self._headers())
+            return getattr(client, method)(*arguments)
         except (ConnectionError, RuntimeError, OSError) as error:
             raise ClusterError(
                 f"Ray Serve's API at {self.dashboard_url} did not accept the call: {error}"
             ) from error
+
+    def _headers(self) -> dict[str, str] | None:
+        """Return the cluster's own token: Ray's client keeps the first one a process has used."""
+        if self.token_path is None:
+            return None
+        token = Path(self.token_path).read_text(encoding="utf-8").strip()
+        return {"Authorization": f"Bearer {token}"}
 
 
 def serve_api(session: Session | None = None) -> ServeApi:
@@ -49,8 +59,7 @@ def serve_api(session: Session | None = None) -> ServeApi:
     if session is None and (name := os.environ.get("RAYSMITH_SESSION")):
         session = find_session(name)
     if session is not None:
-        os.environ.update(session.environment())
-        return ServeApi(session.dashboard_url, session.serve_port)
+        return ServeApi(session.dashboard_url, session.serve_port, session.token_path)
     if url := os.environ.get("RAY_DASHBOARD_ADDRESS"):
         return ServeApi(url, DEFAULT_SERVE_PORT)
     raise ConfigError(

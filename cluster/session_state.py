@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 from cluster import processes
 from cluster.config import StrictModel
 from cluster.errors import ClusterError, ConfigError
-from cluster.storage import check_name, storage_errors, write_atomic
+from cluster.storage import check_name, state_folder, storage_errors, write_atomic
 
 
 class Session(StrictModel):
@@ -31,16 +31,14 @@ class Session(StrictModel):
     head_id: str = Field(description="Marker in the environment of all of its processes.")
     address: str = Field(description="host:port that drivers connect to.")
     dashboard_url: str = Field(description="Jobs API and pages.")
-    serve_url: str = Field(
-        description="Where the Ray Serve proxy listens once something is served."
-    )
+    serve_url: str = Field(description="Where the gateway listens once something is served.")
     token_path: str = Field(description="File with the cluster's token, readable by its owner.")
     temp_dir: str = Field(description="Private folder of this session: token, log, Ray's files.")
     home: str = Field(description="Folder that relative output paths of its jobs start from.")
 
     @property
     def serve_port(self) -> int:
-        """Port of the Ray Serve proxy, for `http_options.port`."""
+        """Port of the gateway."""
         return int(self.serve_url.rpartition(":")[2])
 
     @property
@@ -168,8 +166,7 @@ def locked(name: str) -> Iterator[None]:
 
 
 def _folder() -> Path:
-    root = os.environ.get("RAYSMITH_STATE")
-    return (Path(root) if root else Path.home() / ".raysmith") / "sessions"
+    return state_folder() / "sessions"
 
 
 def _path(name: str) -> Path:

@@ -55,6 +55,15 @@ def home() -> Path:
     return current
 
 
+def state_folder() -> Path:
+    """Return the folder of what belongs to this user rather than to a project.
+
+    `RAYSMITH_STATE`, else `~/.raysmith`: records of sessions, and the ledger unless another is set.
+    """
+    root = os.environ.get("RAYSMITH_STATE")
+    return Path(root) if root else Path.home() / ".raysmith"
+
+
 def resolve_output(path: str | Path) -> Path:
     """Return an absolute path; relative ones start from `home()`."""
     path = Path(path).expanduser()

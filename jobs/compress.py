@@ -11,11 +11,13 @@ from typing import Any
 
 from cluster.errors import VersionExistsError
 from cluster.storage import MANIFEST, resolve_output, staged_directory, verify_directory
+from jobs.compression.encoders import save_encoder
 from jobs.compression.packing import copy_companions, save_compressed
 from jobs.compression.recipe import apply_recipe, layouts, predicted_bytes
 from jobs.config import CompressConfig, DecoderConfig, Recipe
 from jobs.entry import Job, Rows, run_job
-from jobs.models import _hf, decoder
+from jobs.models import _hf, decoder, encoder
+from jobs.models.encoder import EncoderConfig, is_encoder
 from jobs.registry import find_model
 
 
@@ -26,13 +28,15 @@ def compress(config: CompressConfig) -> Path:
     exists, ModelNotFoundError or ModelFormatError for the source, RecipeError for the recipe.
     """
     source, target = _paths(config)
-    predicted_bytes(_shape(source), config.recipe)  # A wrong recipe fails before weights are read.
+    shape = _shape(source)
+    predicted = predicted_bytes(
+        shape, config.recipe
+    )  # A wrong recipe fails before weights are read.
     parent = _parent(source)
-    compressed = apply_recipe(decoder.load(source), config.recipe)
     manifest = {
         "kind": "model",
         "recipe": config.recipe.model_dump(mode="json"),
-        "metrics": {"weight_bytes": predicted_bytes(compressed.model.config, config.recipe)},
+        "metrics": {"weight_bytes": predicted},
         "lineage": {
             **parent.get("lineage", {}),
             "parent": config.model,
@@ -40,8 +44,12 @@ def compress(config: CompressConfig) -> Path:
         },
     }
     with staged_directory(target, manifest) as staging:
-        save_compressed(compressed, staging)
-        copy_companions(source, staging)
+        if isinstance(shape, EncoderConfig):
+            copy_companions(source, staging)
+            save_encoder(apply_recipe(encoder.load(source), config.recipe), staging)
+        else:
+            save_compressed(apply_recipe(decoder.load(source), config.recipe), staging)
+            copy_companions(source, staging)
     return target
 
 
@@ -89,8 +97,11 @@ def _paths(config: CompressConfig) -> tuple[Path, Path]:
     return source, target
 
 
-def _shape(directory: Path) -> DecoderConfig:
-    return _hf.from_hf_config(_hf.read_config(directory))
+def _shape(directory: Path) -> DecoderConfig | EncoderConfig:
+    document = _hf.read_config(directory)
+    if is_encoder(document):
+        return encoder.read_config(directory)
+    return _hf.from_hf_config(document)
 
 
 def _parent(source: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from cluster.config import StrictModel
 
 Precision = Literal["fp32", "bf16"]
 Shape = Literal["llama", "qwen2", "qwen3", "mistral"]
-Scheme = Literal["bf16", "w8a8", "w4a16"]
+Scheme = Literal["bf16", "w8a8", "w4a16", "w4a8"]
 
 
 class RopeScaling(StrictModel):
@@ -227,6 +227,9 @@ class GateConfig(StrictModel):
     max_latency_ratio: float | None = Field(
         None, gt=0, description="Largest decode latency over the bf16 model's; unset: not judged."
     )
+    max_cosine_distance: float = Field(
+        1e-3, gt=0, description="Encoders: largest distance of a vector from the base model's."
+    )
     eval_sequences: int = Field(128, ge=8, description="Held-out sequences.")
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples for the bound.")
     seed: int = Field(0, description="Seed of the bootstrap.")
@@ -290,7 +293,10 @@ class EvaluateConfig(StrictModel):
 
     model: str = Field(description="Directory, or name@version in the registry.")
     base: str = Field(description="Directory of the dense model it came from.")
-    data: str = Field(description="Folder of packed shards, as a training run wrote it.")
+    data: str = Field(
+        description="Folder of packed shards, as a training run wrote it; for an encoder a text "
+        "file, an input a line."
+    )
     registry: str = Field("runs/registry", description="Folder of the registry.")
     split: Literal["validation", "test"] = Field("test", description="Which held-out split.")
     seq_len: int = Field(256, ge=2, description="Tokens of one evaluated sequence.")
@@ -314,16 +320,57 @@ class PublishConfig(StrictModel):
     promote: bool = Field(True, description="Point name@production to it.")
 
 
-class DeployConfig(StrictModel):
-    """The Ray Serve application that offers a published model."""
+class ReplicaScaling(StrictModel):
+    """Bounds of a version's replicas, and when their number changes."""
 
-    application: str = Field("raysmith", description="Name of the Serve application.")
-    route_prefix: str = Field("/", pattern="^/", description="Path the application answers under.")
-    import_path: str = Field("serving.app:build", description="What `serve deploy` imports.")
+    min_replicas: int = Field(1, ge=0, description="Fewest; 0: none while nobody asks.")
+    max_replicas: int = Field(1, ge=1, description="Most.")
+    target_tokens: int = Field(
+        8192, ge=1, description="Tokens in flight that one replica shall have at most."
+    )
+    max_queue_age_s: float = Field(
+        1.0, gt=0, description="A sequence that waits longer asks for one more replica."
+    )
+    upscale_delay_s: float = Field(
+        2.0, ge=0, description="How long more have to be needed; from 0 at once."
+    )
+    downscale_delay_s: float = Field(60.0, ge=0, description="How long fewer have to be enough.")
+    to_zero_delay_s: float = Field(
+        300.0, ge=0, description="How long nothing has to be asked before the last stops."
+    )
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"`min_replicas` = {self.min_replicas} exceeds `max_replicas` = {self.max_replicas}"
+            )
+        return self
+
+
+class DeployConfig(StrictModel):
+    """The Ray Serve applications that offer a published model."""
+
+    application: str = Field(
+        "gateway", description="Name of the gateway's Serve application; a running one is kept."
+    )
     model: str = Field(description="name@version or name@production.")
-    num_replicas: int = Field(1, ge=1, description="Replicas of the engine.")
+    num_replicas: int = Field(1, ge=1, description="Replicas of the engine, unless they scale.")
+    scaling: ReplicaScaling | None = Field(
+        None, description="How their number follows the load; unset: it does not."
+    )
     cpus_per_replica: float = Field(1.0, gt=0, description="CPUs reserved for each replica.")
-    api_keys_file: str = Field(description="File of API keys; `raysmith keys new` makes one.")
+    gpus_per_replica: float = Field(0.0, ge=0, description="GPUs reserved for each replica.")
+    engine: str = Field("native", description="Plug-in in serving/engines.")
+    engine_options: dict[str, Any] = Field({}, description="The engine's own options.")
+    port: int | None = Field(
+        None, ge=0, le=65535, description="Port of the gateway; unset: the cluster's serve port."
+    )
+    ledger: str | None = Field(
+        None,
+        description="Ledger of teams and keys: a path or a postgresql:// URL without a password; "
+        "unset: RAYSMITH_LEDGER, else the one of this user.",
+    )
     ready_timeout_s: float = Field(120.0, gt=0, description="How long to wait for readiness.")
 
 

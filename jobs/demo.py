@@ -1,6 +1,6 @@
 """The demo: one small model, the whole way, on a cluster of its own.
 
-Takes nothing but a way to make an API key; gives a table, runs/demo/report.html and, if asked, a
+Takes nothing; gives a table, runs/demo/report.html and, if asked, a
 cluster that stays up. Every stage is a real `ray job submit`; the questions go over HTTP through
 the official `openai` client. It does not know how any stage works.
 """
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,10 @@ from typing import Any
 from openai import OpenAI
 from rich.console import Console
 
+from cluster.accounting import Key, Scope, Team
 from cluster.config import load_config
 from cluster.errors import RaysmithError
+from cluster.ledger import Ledger
 from cluster.session import HeadConfig, Session, start_head, stop_head
 from cluster.storage import resolve_output, write_json
 from jobs.config import PipelineConfig
@@ -48,7 +49,7 @@ class Answer:
     tokens_per_s: float
 
 
-def run_demo(*, keep: bool, make_key: Callable[[Path, str], str]) -> None:
+def run_demo(*, keep: bool) -> None:
     """Run the demo; with `keep` leave the cluster up and print its addresses.
 
     Raises RaysmithError if a stage fails; the cluster is stopped then, too.
@@ -62,8 +63,8 @@ def run_demo(*, keep: bool, make_key: Callable[[Path, str], str]) -> None:
     try:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        key = make_key(out / "api-keys", "demo")
         config = load_config(PipelineConfig, root / RECIPE)
+        key = _make_key(config)
         stage_seconds = {
             stage: _submit(session, root, stage, out)
             for stage in ("train", "search", "publish", "deploy")
@@ -90,6 +91,13 @@ def _repository() -> Path:
     if not (root / RECIPE).is_file():
         raise RaysmithError(f"{root / RECIPE} is missing: the demo runs in a clone of the project.")
     return root
+
+
+def _make_key(config: PipelineConfig) -> str:
+    """Return a key of a new team in the demo's own ledger."""
+    with Ledger.open(config.deploy.ledger) as ledger:
+        team = ledger.add_team(Team(name="demo"))
+        return ledger.new_key(Key(id="", team=team.name, scopes=frozenset({Scope.INFERENCE})))[1]
 
 
 def _submit(session: Session, root: Path, stage: str, out: Path) -> float:

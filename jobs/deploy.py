@@ -1,18 +1,29 @@
-"""Offer a published model: a config handed to Ray Serve, then wait until it answers.
+"""Offer a published model: configs handed to Ray Serve, then wait until it answers.
 
-Takes a DeployConfig; gives the address. The application is named by its import path, as data, so
-nothing of `serving` is imported here. Other applications on the cluster are left as they are.
+Takes a DeployConfig; gives the version that answers. One application runs each version, one is the
+gateway, whose routing table says which versions get requests. They are named by their import path,
+as data, so nothing of `serving` is imported here. A new version of a name comes up beside the old
+one, takes over its requests, and then the old one is stopped; other applications stay as they are.
 """
 
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import ClusterError, ConfigError
+from cluster.ledger_schema import public_url
 from cluster.storage import resolve_output
 from jobs.config import DeployConfig
 from jobs.registry import Entry, Registry
+
+GATEWAY_IMPORT = "serving.app:build"
+ENGINE_IMPORT = "serving.app:build_engine"
+GATEWAY_DEPLOYMENT = "gateway"
+_POLL_S = 0.1
+App = dict[str, Any]
+Apps = Mapping[str, App]
 
 
 class Api(Protocol):
@@ -20,7 +31,7 @@ class Api(Protocol):
 
     @property
     def http_port(self) -> int:
-        """Port that Serve listens on."""
+        """Port that the gateway listens on unless another is asked for."""
 
     def details(self) -> dict[str, Any]:
         """Return the state of every application."""
@@ -29,77 +40,177 @@ class Api(Protocol):
         """Make the cluster run exactly the applications of this config."""
 
 
-def application(config: DeployConfig, registry: Path, entry: Entry) -> dict[str, Any]:
-    """Return the Serve application that offers one registry entry."""
-    return {
-        "name": config.application,
-        "route_prefix": config.route_prefix,
-        "import_path": config.import_path,
-        "args": {
-            "registry": str(registry),
-            "models": [entry.reference],
-            "api_keys_file": str(resolve_output(config.api_keys_file)),
-            "num_replicas": config.num_replicas,
-            "cpus_per_replica": config.cpus_per_replica,
-        },
-    }
-
-
-def merge(details: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the applications to deploy: those running now, with `new` added or in its place.
-
-    Raises ConfigError if another application answers under the same path.
-    """
-    running = [
-        app["deployed_app_config"]
-        for name, app in details.get("applications", {}).items()
-        if name != new["name"] and app.get("deployed_app_config")
-    ]
-    for app in running:
-        if app.get("route_prefix", "/") == new["route_prefix"]:
-            raise ConfigError(
-                f"application `{app['name']}` answers under `{new['route_prefix']}` already. "
-                f"Deploy under its name to replace it, or set another `route_prefix` for "
-                f"`{new['name']}`."
-            )
-    return [*running, dict(new)]
-
-
 def deploy(config: DeployConfig, registry_root: str, api: Api) -> Entry:
-    """Deploy the model and wait until the application runs.
+    """Deploy the model, wait until it answers, and stop other versions of it.
 
     Raises ModelNotFoundError or IntegrityError before anything is changed, and ClusterError with
-    Serve's own message if the application does not come up within `ready_timeout_s`.
+    Serve's own message if the model does not come up within `ready_timeout_s`: what answered
+    before then still does.
     """
     root = resolve_output(registry_root)
     entry = Registry(root).resolve(config.model)
-    applications = merge(api.details(), application(config, root, entry))
-    api.deploy(serve_config(applications, api.http_port))
-    _wait_until_running(config, api)
+    before = running_apps(api.details())
+    routes = routes_of(before, config.application)
+    others = [route for route in routes if route["name"] != entry.name]
+    engine = engine_app(config, root, entry)
+    new_routes = [*others, route_to(entry, config)]
+    # While the new version comes up, requests for its name still go where they went.
+    meanwhile = new_routes if len(others) == len(routes) else routes
+    apps = {**before, engine["name"]: engine}
+    apps[config.application] = gateway_app(config, before, api.http_port, meanwhile)
+    names = (engine["name"], config.application)
+    try:
+        apply(api, apps)
+        wait_until_running(api, names, config.ready_timeout_s)
+    except ClusterError:
+        apply(api, before)
+        raise
+    if meanwhile is not new_routes:
+        apps = with_routes(apps, config.application, new_routes)
+        apply(api, apps)
+        wait_until_running(api, names, config.ready_timeout_s)
+    if kept := without_other_versions(apps, entry):
+        apply(api, kept)
     return entry
 
 
-def serve_config(applications: Sequence[Mapping[str, Any]], http_port: int) -> dict[str, Any]:
-    """Return a whole Serve config that listens on the loopback address only."""
+def engine_name(name: str, version: str) -> str:
+    """Return the name of the application that runs one version."""
+    return f"engine--{name}--{version}"
+
+
+def engine_app(config: DeployConfig, registry: Path, entry: Entry) -> App:
+    """Return the application that runs one registry entry."""
+    args: dict[str, Any] = {
+        "registry": str(registry),
+        "model": entry.reference,
+        "num_replicas": config.num_replicas,
+        "cpus_per_replica": config.cpus_per_replica,
+        "gpus_per_replica": config.gpus_per_replica,
+        "engine": config.engine,
+        "engine_options": config.engine_options,
+    }
+    if config.scaling is not None:
+        args["scaling"] = config.scaling.model_dump()
     return {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": http_port},
-        "applications": [dict(app) for app in applications],
+        "name": engine_name(entry.name, entry.version),
+        "route_prefix": None,
+        "import_path": ENGINE_IMPORT,
+        "args": args,
     }
 
 
-def _wait_until_running(config: DeployConfig, api: Api) -> None:
-    deadline = time.monotonic() + config.ready_timeout_s
-    status, message = "NOT_STARTED", ""
-    while time.monotonic() < deadline:
-        app = api.details().get("applications", {}).get(config.application, {})
-        status, message = app.get("status", status), app.get("message", message)
-        if status == "RUNNING":
+def gateway_app(config: DeployConfig, running: Apps, port: int, routes: Sequence[App]) -> App:
+    """Return the gateway's application; where one runs it keeps what is not asked for anew."""
+    known = running.get(config.application, {}).get("args", {})
+    asked: dict[str, Any] = {} if config.port is None else {"port": config.port}
+    if config.ledger is not None or not known:
+        asked["ledger"] = public_url(config.ledger)
+    return {
+        "name": config.application,
+        "route_prefix": None,
+        "import_path": GATEWAY_IMPORT,
+        "args": {"port": port, **known, **asked},
+        "deployments": [_gateway_deployment(routes)],
+    }
+
+
+def route_to(entry: Entry, config: DeployConfig, **changes: Any) -> App:
+    """Return the routing table's line for a version; see `serving.routing.Route`."""
+    return {
+        "name": entry.name,
+        "version": entry.version,
+        "weight": 1.0,
+        "published_s": published_s(entry),
+        "application": engine_name(entry.name, entry.version),
+        "scales_to_zero": config.scaling is not None and config.scaling.min_replicas == 0,
+        **changes,
+    }
+
+
+def running_apps(details: Mapping[str, Any]) -> dict[str, App]:
+    """Return the configs of all applications that run, by name."""
+    return {
+        name: app["deployed_app_config"]
+        for name, app in details.get("applications", {}).items()
+        if app.get("deployed_app_config")
+    }
+
+
+def routes_of(apps: Apps, gateway: str) -> list[App]:
+    """Return the routing table of the gateway that runs; empty where none does."""
+    deployments = apps.get(gateway, {}).get("deployments", [])
+    tables = [each.get("user_config") or {} for each in deployments]
+    return [dict(route) for table in tables for route in table.get("routes", [])]
+
+
+def with_routes(apps: Apps, gateway: str, routes: Sequence[App]) -> dict[str, App]:
+    """Return the applications with another routing table; nothing of them restarts for it."""
+    changed = {**apps[gateway], "deployments": [_gateway_deployment(routes)]}
+    return {**apps, gateway: changed}
+
+
+def without_other_versions(apps: Apps, entry: Entry) -> dict[str, App] | None:
+    """Return the applications without those of other versions; None if there are none."""
+    own = engine_name(entry.name, entry.version)
+    others = {
+        name
+        for name, app in apps.items()
+        if name != own
+        and app.get("import_path") == ENGINE_IMPORT
+        and app["args"]["model"].partition("@")[0] == entry.name
+    }
+    return {name: app for name, app in apps.items() if name not in others} if others else None
+
+
+def published_s(entry: Entry) -> int:
+    """Return when a version was published. Raises ConfigError for a wrong manifest."""
+    try:
+        return int(datetime.fromisoformat(entry.published_at).timestamp())
+    except ValueError:
+        raise ConfigError(
+            f"{entry.reference}: its manifest has published_at=`{entry.published_at}`, which is no "
+            "time. Publish the model again."
+        ) from None
+
+
+def apply(api: Api, apps: Apps) -> None:
+    """Make the cluster run exactly these applications. Serve's own proxies are not started."""
+    api.deploy(
+        {
+            "proxy_location": "Disabled",
+            "http_options": {"host": "127.0.0.1", "port": api.http_port},
+            "applications": [dict(app) for app in apps.values()],
+        }
+    )
+
+
+def wait_until_running(api: Api, names: Sequence[str], timeout_s: float) -> None:
+    """Return once all these applications run. Raises ClusterError with Serve's own message."""
+    deadline_s = time.monotonic() + timeout_s
+    name, status, message = names[0], "NOT_STARTED", ""
+    while time.monotonic() < deadline_s:
+        apps = api.details().get("applications", {})
+        waited_for = [each for each in names if apps.get(each, {}).get("status") != "RUNNING"]
+        if not waited_for:
             return
+        name = waited_for[0]
+        status, message = apps.get(name, {}).get("status", status), _message(apps.get(name, {}))
         if status in {"DEPLOY_FAILED", "UNHEALTHY"}:
             break
-        time.sleep(0.25)
+        time.sleep(_POLL_S)
     raise ClusterError(
-        f"application `{config.application}` is {status} after the deployment: "
+        f"application `{name}` is {status} after the deployment: "
         f"{message or 'Serve says no more'}. Look at the replica's log with `ray logs`."
     )
+
+
+def _message(app: Mapping[str, Any]) -> str:
+    """Return what Serve says of an application and of its deployments."""
+    said = [app.get("message", "")]
+    said += [each.get("message", "") for each in app.get("deployments", {}).values()]
+    return " ".join(text for text in said if text)
+
+
+def _gateway_deployment(routes: Sequence[App]) -> App:
+    return {"name": GATEWAY_DEPLOYMENT, "user_config": {"routes": [dict(r) for r in routes]}}

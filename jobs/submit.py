@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 _RAYS_OWN = re.compile(r"\d{4}-\d\d-\d\d |\x1b\[\d+m\(|Running entrypoint |\s*$")
 JOBS = ("train", "search", "compress", "evaluate", "publish", "pipeline")
+_MODULES = {**{job: f"jobs.{job}" for job in JOBS}, "promote": "serving.promote"}
 
 
 def entrypoint(job: str, arguments: Sequence[str]) -> str:
     """Return the shell command of a job; raises ConfigError if there is no such job."""
-    if job not in JOBS:
-        raise ConfigError(f"no job `{job}`; there are: {', '.join(JOBS)}.")
-    return shlex.join(["python", "-m", f"jobs.{job}", *arguments])
+    if job not in _MODULES:
+        raise ConfigError(f"no job `{job}`; there are: {', '.join(_MODULES)}.")
+    return shlex.join(["python", "-m", _MODULES[job], *arguments])
 
 
 def submit_job(session: Session, job: str, arguments: Sequence[str], *, wait: bool) -> int:
@@ -68,7 +69,17 @@ def is_rays_own(line: str) -> bool:
 
 
 async def _follow(client: "JobSubmissionClient", submission_id: str) -> None:
+    shown = ""
     async for lines in client.tail_job_logs(submission_id):
-        kept = (line for line in lines.splitlines(keepends=True) if not is_rays_own(line))
-        sys.stderr.writelines(kept)
-        sys.stderr.flush()
+        shown += lines
+        _show(lines)
+    # Following ends with the job, and may miss the last lines, which say why.
+    whole = client.get_job_logs(submission_id)
+    if whole.startswith(shown):
+        _show(whole[len(shown) :])
+
+
+def _show(lines: str) -> None:
+    kept = (line for line in lines.splitlines(keepends=True) if not is_rays_own(line))
+    sys.stderr.writelines(kept)
+    sys.stderr.flush()

@@ -1,23 +1,33 @@
 """What the gateway and a replica say to each other: values that cross processes.
 
-It does not know HTTP's JSON on one side or engines on the other.
+They are msgspec structures, so that a frame of them is decoded and checked in one step. It does not
+know HTTP's JSON on one side or engines on the other.
 """
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Protocol
+from typing import Literal, Protocol
 
-from serving.engines._protocol import FinishReason, TokenLogprob
+import msgspec
+
+from serving.engines._protocol import EngineStats, FinishReason, GrammarKind, TokenLogprob
+
+ENGINE_FAILED = "engine_failed"  # Code of a refusal: another replica may do better.
+Task = Literal["generate", "embed"]
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """A model that is offered: `name` is its id, `version` what that means now."""
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """A value that crosses processes; its class name is its tag."""
+
+
+class ServedModel(Message, frozen=True):
+    """One version of a model that is offered; `context_tokens` fit in it, None: unknown."""
 
     name: str
     version: str
     published_s: int
+    task: Task = "generate"
+    context_tokens: int | None = None
 
     @property
     def reference(self) -> str:
@@ -25,58 +35,83 @@ class ServedModel:
         return f"{self.name}@{self.version}"
 
 
-@dataclass(frozen=True)
-class TextPrompt:
+class TextPrompt(Message, frozen=True):
     """A text to continue."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class TokenPrompt:
+class TokenPrompt(Message, frozen=True):
     """Token ids to continue."""
 
     token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One message of a conversation."""
+class Turn(Message, frozen=True):
+    """One message of a conversation; `tool_calls` is the JSON text of OpenAI's list."""
 
     role: str
-    content: str
+    content: str | None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: str | None = None
 
 
-@dataclass(frozen=True)
-class ChatPrompt:
-    """A conversation to answer, written out by the model's own chat template."""
+class ChatPrompt(Message, frozen=True):
+    """A conversation to answer, written out by the model's own chat template.
+
+    `tools` is the JSON text of OpenAI's list of tools, passed to the template.
+    """
 
     turns: tuple[Turn, ...]
+    tools: str | None = None
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 
-@dataclass(frozen=True)
-class Sampling:
+class Structure(Message, frozen=True):
+    """What every answer must look like; see `serving.engines._protocol.Grammar`."""
+
+    kind: GrammarKind
+    text: str = ""
+
+
+class Sampling(Message, frozen=True):
     """How every choice of a request is generated; `max_tokens` None: up to the context's end."""
 
     max_tokens: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    structure: Structure | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     num_logprobs: int | None = None
+    ignore_eos: bool = False
 
 
-@dataclass(frozen=True)
-class InferenceRequest:
-    """Prompts, each continued `num_choices` times: choice p * num_choices + i is of prompt p."""
+class InferenceRequest(Message, frozen=True):
+    """Prompts, each continued `num_choices` times: choice p * num_choices + i is of prompt p.
+
+    `request_id` is the gateway's, for logs and traces. `resumed` holds, choice by choice, tokens
+    that a lost replica delivered; empty: none did. `finished` are choices that it ended: they are
+    not generated again.
+    """
 
     prompts: tuple[Prompt, ...]
     sampling: Sampling
     num_choices: int = 1
+    request_id: str = ""
+    team: str = ""
+    adapter: str | None = None
+    resumed: tuple[tuple[int, ...], ...] = ()
+    finished: tuple[int, ...] = ()
 
     @property
     def total_choices(self) -> int:
@@ -84,26 +119,40 @@ class InferenceRequest:
         return len(self.prompts) * self.num_choices
 
 
-@dataclass(frozen=True)
-class Started:
+class EmbeddingRequest(Message, frozen=True):
+    """Texts or token ids to embed; `dimensions` keeps the first ones and normalises again."""
+
+    inputs: tuple[TextPrompt | TokenPrompt, ...]
+    dimensions: int | None = None
+    request_id: str = ""
+    team: str = ""
+
+
+class Embedded(Message, frozen=True):
+    """A vector for each input, and the tokens of all of them."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    prompt_tokens: int
+
+
+class Started(Message, frozen=True):
     """The request was accepted; tokens of all its prompts."""
 
     prompt_tokens: int
 
 
-@dataclass(frozen=True)
-class Delta:
-    """What was added to one choice."""
+class Delta(Message, frozen=True):
+    """What was added to one choice; `cached_tokens` on its first one, of its prompt."""
 
     choice: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    cached_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Refused:
+class Refused(Message, frozen=True):
     """The request ended without an answer; `code` and `param` are the OpenAI API's."""
 
     status: HTTPStatus
@@ -114,6 +163,15 @@ class Refused:
 
 
 Event = Started | Delta | Refused
+
+
+class ReplicaStats(Message, frozen=True):
+    """What one replica does now."""
+
+    model: str
+    version: str
+    replica: str
+    stats: EngineStats
 
 
 class Events(Protocol):

@@ -3,11 +3,14 @@
 Takes prompts as clients give them; gives token ids. It does not know how they are continued.
 """
 
+import json
+from typing import Any
+
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import RequestError
-from serving.messages import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from serving.messages import ChatPrompt, Prompt, TextPrompt, TokenPrompt, Turn
 
 
 class PromptEncoder:
@@ -35,11 +38,34 @@ class PromptEncoder:
     def _chat_text(self, prompt: ChatPrompt) -> str:
         if self._tokenizer.chat_template is None:
             raise RequestError("this model has no chat template. Use /v1/completions.")
-        turns = [{"role": turn.role, "content": turn.content} for turn in prompt.turns]
+        turns = [_message(turn) for turn in prompt.turns]
+        tools = None if prompt.tools is None else json.loads(prompt.tools)
         try:
             text: str = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
+                turns, tools=tools, tokenize=False, add_generation_prompt=True
             )
         except TemplateError as error:
             raise RequestError(f"the model's chat template refuses this: {error}") from error
         return text
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    """Return a message as templates expect it: without what it does not have."""
+    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.name is not None:
+        message["name"] = turn.name
+    if turn.tool_call_id is not None:
+        message["tool_call_id"] = turn.tool_call_id
+    if turn.tool_calls is not None:
+        message["tool_calls"] = [_call(call) for call in json.loads(turn.tool_calls)]
+    return message
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool call with its arguments as an object: templates write them out as JSON."""
+    function = call["function"]
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        arguments = function["arguments"]  # A model wrote no JSON; the template shows it as it is.
+    return {**call, "function": {**function, "arguments": arguments}}

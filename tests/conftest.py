@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from postgres import Server, running_server, why_not
 from tiny_training import tiny_config, write_corpus
 
 from jobs.data.prepare import prepare
@@ -34,3 +35,25 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A PostgreSQL server of its own."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def any_ledger(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """The path or URL of a ledger that does not exist yet."""
+    monkeypatch.setenv("RAYSMITH_STATE", str(tmp_path / "state"))
+    monkeypatch.delenv("RAYSMITH_PEPPER", raising=False)
+    if request.param == "sqlite":
+        return str(tmp_path / "ledger.db")
+    server: Server = request.getfixturevalue("postgres")
+    return server.new_ledger()

@@ -24,6 +24,7 @@ from jobs.models.decoder import Decoder
 
 _SHARD_BYTES = 5 * GIB
 _SCALE_DTYPE = torch.bfloat16
+_EMBEDDING = "model.embed_tokens.weight"
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -56,7 +57,7 @@ def save_compressed(compressed: Compressed, directory: Path) -> None:
     for name, tensor in model.state_dict().items():
         layer = name.removesuffix(".weight")
         if layer in quantized:
-            tensors |= {f"{layer}.{key}": t for key, t in _stored(quantized[layer]).items()}
+            tensors |= {f"{layer}.{key}": t for key, t in stored(quantized[layer]).items()}
         elif not (model.config.tie_embeddings and layer == "lm_head"):
             tensors[name] = tensor.detach().to("cpu", torch.bfloat16)
     _weights.write_tensors(tensors, directory, _SHARD_BYTES)
@@ -102,7 +103,7 @@ def load_model(
     tensors = dict(_weights.read_tensors(directory))
     if config.tie_embeddings:
         _take_tied_head(tensors, layouts, directory)
-    operators = _fill(model, tensors, layouts, (dtype, torch.device(device)), directory)
+    operators = fill(model, tensors, layouts, (dtype, torch.device(device)), directory)
     schemes: dict[str, Scheme] = {
         name: layouts[name].scheme if name in layouts else "bf16" for name in shapes
     }
@@ -135,7 +136,8 @@ def read_quantized(
     return QuantizedWeight(layout.scheme, values_OI, scale_OG.float(), layout.group_size)
 
 
-def _stored(weight: QuantizedWeight) -> dict[str, Tensor]:
+def stored(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return the tensors of one layer as they lie on disk, by what follows the layer's name."""
     scale_OG = weight.scale_OG.to(_SCALE_DTYPE)
     if weight.scheme == "w8a8":
         return {"weight": weight.values_OI, "weight_scale": scale_OG}
@@ -146,21 +148,22 @@ def _stored(weight: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
-def _fill(
-    model: Decoder,
+def fill(
+    model: nn.Module,
     tensors: dict[str, Tensor],
     layouts: dict[str, Layout],
     placement: tuple[torch.dtype, torch.device],
     directory: Path,
 ) -> dict[str, str]:
-    """Put weights into a model without any; return the operator of each linear layer.
+    """Put weights into a model on the meta device; return the operator of each linear layer.
 
     `tensors` is emptied on the way, so that a weight is held twice for one layer at a time only.
     """
     dtype, device = placement
+    is_tied = isinstance(model, Decoder) and model.config.tie_embeddings
     operators = {}
     for layer, shape in _linear_shapes(model).items():
-        if layer == "lm_head" and model.config.tie_embeddings:
+        if layer == "lm_head" and is_tied:
             continue
         bias = tensors.pop(f"{layer}.bias", None)
         wants_bias = model.get_submodule(layer).bias is not None
@@ -178,15 +181,30 @@ def _fill(
     rest = {
         name: tensor.shape
         for name, tensor in model.state_dict().items()
-        if tensor.is_meta and not (model.config.tie_embeddings and name == "lm_head.weight")
+        if tensor.is_meta and not (is_tied and name == "lm_head.weight")
     }
     _weights.check_tensors(tensors, rest, directory)
+    embedding = tensors.get(_EMBEDDING)
     for name in rest:
         _assign(model, name, tensors.pop(name).to(device, dtype))
-    model.tie()
-    if model.config.tie_embeddings:
-        operators["lm_head"] = "dense"
+    if is_tied and embedding is not None:
+        operators["lm_head"] = _tie_head(model, embedding, dtype, device)
     return operators
+
+
+def _tie_head(model: nn.Module, embedding: Tensor, dtype: torch.dtype, device: torch.device) -> str:
+    """Give the head the embedding's weight, and return its operator.
+
+    An operator with a form of its own for weights takes a copy in bfloat16: reading half the bytes
+    for every token is worth them.
+    """
+    assert isinstance(model, Decoder), "only decoders have a head"
+    head = build_linear(embedding, None, dtype=dtype, device=device)
+    if head.source.in_place is None:
+        model.tie()
+    else:
+        _replace(model, "lm_head", head)
+    return head.operator
 
 
 def _take(
@@ -220,7 +238,7 @@ def _take_tied_head(
             "is not supported. Put lm_head on the ignore list and quantize again."
         )
     head = tensors.pop("lm_head.weight", None)
-    embedding = tensors.get("model.embed_tokens.weight")
+    embedding = tensors.get(_EMBEDDING)
     if head is not None and (embedding is None or not torch.equal(head, embedding)):
         raise ModelFormatError(
             f"{directory} stores an `lm_head.weight` that differs from the embedding, though its "

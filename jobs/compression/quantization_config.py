@@ -13,8 +13,12 @@ from cluster.errors import ModelFormatError
 from jobs.kernels.formats import Layout
 
 KEY = "quantization_config"
-_FORMATS = {"w8a8": "int-quantized", "w4a16": "pack-quantized"}
-_PRESETS = {"W8A8": Layout("w8a8"), "W4A16": Layout("w4a16", 128)}
+_FORMATS = {"w8a8": "int-quantized", "w4a16": "pack-quantized", "w4a8": "pack-quantized"}
+_PRESETS = {
+    "W8A8": Layout("w8a8"),
+    "W4A16": Layout("w4a16", 128),
+    "W4A8": Layout("w4a8", 128),
+}
 _CLASS = "Linear"
 _INT8_PER_TOKEN = {
     "num_bits": 8,
@@ -81,6 +85,7 @@ def read_layouts(
 
 def _group(layout: Layout, targets: list[str]) -> dict[str, Any]:
     is_int8 = layout.scheme == "w8a8"
+    has_int8_inputs = layout.scheme in ("w8a8", "w4a8")
     return {
         "targets": targets,
         "weights": {
@@ -91,7 +96,7 @@ def _group(layout: Layout, targets: list[str]) -> dict[str, Any]:
             "group_size": layout.group_size,
             "dynamic": False,
         },
-        "input_activations": dict(_INT8_PER_TOKEN) if is_int8 else None,
+        "input_activations": dict(_INT8_PER_TOKEN) if has_int8_inputs else None,
         "output_activations": None,
         "format": _FORMATS[layout.scheme],
     }
@@ -132,13 +137,17 @@ def _layout(key: str, group: Any, in_features: int) -> Layout:
     strategy, num_bits = weights.get("strategy"), weights.get("num_bits")
     if num_bits == 8 and strategy == "channel" and _is_int8_per_token(activations):
         return Layout("w8a8")
-    if num_bits == 4 and strategy in ("group", "channel") and activations is None:
-        return Layout("w4a16", weights["group_size"] if strategy == "group" else in_features)
+    if num_bits == 4 and strategy in ("group", "channel"):
+        group_size = weights["group_size"] if strategy == "group" else in_features
+        if activations is None:
+            return Layout("w4a16", group_size)
+        if _is_int8_per_token(activations):
+            return Layout("w4a8", group_size)
     kind = "no quantized" if activations is None else f"{activations.get('num_bits')}-bit"
     raise ModelFormatError(
         f"{KEY}.{key}: {num_bits}-bit weights by {strategy} with {kind} activations are not "
         "supported. There are: 8-bit by channel with dynamic 8-bit activations per token (W8A8), "
-        "and 4-bit by group or channel with unquantized activations (W4A16)."
+        "and 4-bit by group or channel with unquantized activations (W4A16) or those (W4A8)."
     )
 
 
@@ -160,7 +169,7 @@ def _check_format(key: str, group: Mapping[str, Any]) -> None:
     if found is not None and found not in _FORMATS.values():
         raise ModelFormatError(
             f"{KEY}.{key}: format `{found}` is not supported; there are: "
-            f"{', '.join(_FORMATS.values())}."
+            f"{', '.join(sorted(set(_FORMATS.values())))}."
         )
 
 

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,20 @@ from jobs.compression import methods
 from jobs.compression.methods._protocol import Method
 from jobs.config import DecoderConfig, Recipe
 from jobs.kernels.formats import Layout, QuantizedWeight, Scheme
-from jobs.models.decoder import Decoder, linear_names
+from jobs.models import decoder, encoder
+from jobs.models.decoder import Decoder
+from jobs.models.encoder import Encoder, EncoderConfig
 from jobs.plugins import load_plugin
+
+ModelT = TypeVar("ModelT", Decoder, Encoder)
+_HEAD = "lm_head"
 
 
 @dataclass
-class Compressed:
+class Compressed(Generic[ModelT]):
     """A model whose weights are those of its compressed form, with the integers of each layer."""
 
-    model: Decoder
+    model: ModelT
     quantized: dict[str, QuantizedWeight]
     recipe: Recipe
 
@@ -47,14 +52,17 @@ class _Action:
     layers: tuple[str, ...]
 
 
-def apply_recipe(model: Decoder, recipe: Recipe) -> Compressed:
+def apply_recipe(model: ModelT, recipe: Recipe) -> Compressed[ModelT]:
     """Apply a recipe's steps in order; the model is taken over and changed in place.
 
     A layer that is quantized twice takes the last choice, computed from its unquantized weight.
-    Raises RecipeError for a target that matches no layer, a group size that does not divide, a
-    method or option that does not exist, and pruning after quantizing.
+    A head that shares the embedding's weight takes a copy of its own if a step names it. Raises
+    RecipeError for a target that matches no layer, a group size that does not divide, a method or
+    option that does not exist, and pruning after quantizing.
     """
     actions = _resolve(recipe, _linear_shapes(model))
+    if isinstance(model, Decoder) and any(_HEAD in action.layers for action in actions):
+        model.untie()
     last_layout = _final_layouts(actions)
     quantized: dict[str, QuantizedWeight] = {}
     for action in actions:
@@ -71,32 +79,32 @@ def apply_recipe(model: Decoder, recipe: Recipe) -> Compressed:
     return Compressed(model, quantized, recipe)
 
 
-def layouts(config: DecoderConfig, recipe: Recipe) -> dict[str, Layout]:
+def layouts(config: DecoderConfig | EncoderConfig, recipe: Recipe) -> dict[str, Layout]:
     """Return the format that each linear layer will have, without touching weights."""
-    with torch.device("meta"):
-        model = Decoder(config)
+    model = _without_weights(config)
     actions = _resolve(recipe, _linear_shapes(model))
     final = _final_layouts(actions)
     dense = Layout("bf16")
     return {
         name: (final[name].layout or dense) if name in final else dense
-        for name in linear_names(model)
+        for name in [*_linear_names(model), *([_HEAD] if _HEAD in final else [])]
     }
 
 
-def predicted_bytes(config: DecoderConfig, recipe: Recipe) -> int:
+def predicted_bytes(config: DecoderConfig | EncoderConfig, recipe: Recipe) -> int:
     """Return the bytes of all weight tensors on disk, without touching weights.
 
     Safetensors headers are not counted; what is not quantized is stored in bfloat16.
     """
-    with torch.device("meta"):
-        model = Decoder(config)
+    model = _without_weights(config)
     shapes = _linear_shapes(model)
+    chosen = layouts(config, recipe)
+    if isinstance(model, Decoder) and _HEAD in chosen:
+        model.untie()
     # A tied head is the embedding, and parameters() gives it once.
     num_all = sum(parameter.numel() for parameter in model.parameters())
-    num_linear = sum(rows * columns for rows, columns in shapes.values())
-    chosen = layouts(config, recipe)
-    linear_bytes = sum(chosen[name].stored_bytes(*shape) for name, shape in shapes.items())
+    num_linear = sum(shapes[name][0] * shapes[name][1] for name in chosen)
+    linear_bytes = sum(layout.stored_bytes(*shapes[name]) for name, layout in chosen.items())
     return 2 * (num_all - num_linear) + linear_bytes
 
 
@@ -131,15 +139,20 @@ def _final_layouts(actions: list[_Action]) -> dict[str, _Action]:
 
 def _matching(targets: tuple[str, ...], names: list[str], place: str) -> Iterator[str]:
     for target in targets:
-        if not any(fnmatchcase(name, target) for name in names):
+        if not any(_is_meant(name, target) for name in names):
             close = difflib.get_close_matches(target, names, n=3) or names[:3]
             raise RecipeError(
                 f"{place}: target `{target}` matches no linear layer of this model. "
                 f"Close names: {', '.join(close)}. Patterns are globs over such names."
             )
     for name in names:
-        if any(fnmatchcase(name, target) for target in targets):
+        if any(_is_meant(name, target) for target in targets):
             yield name
+
+
+def _is_meant(name: str, target: str) -> bool:
+    """Return whether a target reaches a layer: a pattern never reaches the head, its name does."""
+    return target == _HEAD if name == _HEAD else fnmatchcase(name, target)
 
 
 def _check_groups(layout: Layout, layer: str, shape: tuple[int, int], place: str) -> None:
@@ -153,12 +166,23 @@ def _check_groups(layout: Layout, layer: str, shape: tuple[int, int], place: str
         )
 
 
-def _linear_shapes(model: Decoder) -> dict[str, tuple[int, int]]:
+def _linear_shapes(model: Decoder | Encoder) -> dict[str, tuple[int, int]]:
     shapes = {}
-    for name in linear_names(model):
+    head = [_HEAD] if isinstance(model, Decoder) else []
+    for name in [*_linear_names(model), *head]:
         rows, columns = _weight(model, name).shape
         shapes[name] = (rows, columns)
     return shapes
+
+
+def _without_weights(config: DecoderConfig | EncoderConfig) -> Decoder | Encoder:
+    with torch.device("meta"):
+        return Encoder(config) if isinstance(config, EncoderConfig) else Decoder(config)
+
+
+def _linear_names(model: Decoder | Encoder) -> list[str]:
+    family = encoder if isinstance(model, Encoder) else decoder
+    return family.linear_names(model)
 
 
 def _weight(model: nn.Module, layer: str) -> Tensor:

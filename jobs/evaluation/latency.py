@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from cluster.config import StrictModel
-from jobs.kernels.attention import SlotCache, Span
+from jobs.kernels.block_cache import BlockCache, BlockSpan
 from jobs.kernels.linear import resident_bytes
+from jobs.models._fused import FusedDecoder, can_fuse
 from jobs.models.decoder import Decoder
 
+_BLOCK_SIZE = 16
 _WARM_UP_STEPS = 2
 
 
@@ -83,9 +85,15 @@ class _DecodeRun:
         )
         embedding = model.model.embed_tokens.weight
         self.model, self.batch, self.context = model, batch, context
+        self.forward = FusedDecoder(model) if can_fuse(model) else model
         self.device = embedding.device
-        self.cache = SlotCache(
-            model.config, batch, context + tokens, embedding.dtype, device=self.device
+        self.blocks_per_sequence = -(-(context + tokens) // _BLOCK_SIZE)
+        self.cache = BlockCache(
+            model.config,
+            batch * self.blocks_per_sequence,
+            _BLOCK_SIZE,
+            embedding.dtype,
+            device=self.device,
         )
         generator = torch.Generator().manual_seed(0)
         self.prompts_BT = torch.randint(
@@ -93,11 +101,11 @@ class _DecodeRun:
         ).to(self.device)
 
     def prefill(self) -> None:
-        """Fill every slot with its prompt."""
+        """Fill the cache with every sequence's prompt."""
         positions_1T = torch.arange(self.context, device=self.device)[None]
-        for slot in range(self.batch):
-            attention = self.cache.attention([Span(slot=slot, start=0, length=self.context)])
-            self.model.hidden(self.prompts_BT[slot : slot + 1], positions_1T, attention)
+        for row in range(self.batch):
+            attention = self.cache.attention([self._span(row, start=0, length=self.context)])
+            self.forward.hidden(self.prompts_BT[row : row + 1], positions_1T, attention)
 
     def decode(self, steps: int, clock: Callable[[], float]) -> list[float]:
         """Decode `steps` tokens after the prompt, greedily; return the seconds of each step."""
@@ -105,10 +113,10 @@ class _DecodeRun:
         seconds = []
         for position in range(self.context, self.context + steps):
             began = clock()
-            spans = [Span(slot=slot, start=position, length=1) for slot in range(self.batch)]
+            spans = [self._span(row, start=position, length=1) for row in range(self.batch)]
             positions_1T = torch.full_like(tokens_1T, position)
-            hidden_1TC = self.model.hidden(tokens_1T, positions_1T, self.cache.attention(spans))
-            tokens_1T = self.model.head(hidden_1TC).argmax(dim=-1)
+            hidden_1TC = self.forward.hidden(tokens_1T, positions_1T, self.cache.attention(spans))
+            tokens_1T = self.forward.head(hidden_1TC).argmax(dim=-1)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds.append(clock() - began)
@@ -128,3 +136,7 @@ class _DecodeRun:
             weight_bytes=resident_bytes(self.model),
             cache_bytes=self.cache.bytes(),
         )
+
+    def _span(self, row: int, start: int, length: int) -> BlockSpan:
+        first = row * self.blocks_per_sequence
+        return BlockSpan(tuple(range(first, first + self.blocks_per_sequence)), start, length)

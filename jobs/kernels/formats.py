@@ -1,4 +1,4 @@
-"""Formats a linear layer's weight may take: dense, W8A8 and W4A16, and arithmetic on them.
+"""Formats a linear layer's weight may take: dense, W8A8, W4A16 and W4A8, and arithmetic on them.
 
 Takes dense weights and scales; gives quantized weights, their sizes, and the plain reference of
 what a layer of each format computes. It does not know how weights are chosen, stored on disk or
@@ -17,6 +17,7 @@ from torch.nn import functional
 from jobs.config import Scheme as Scheme  # the name that layers and loaders import
 
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+GROUPED: tuple[Scheme, ...] = ("w4a16", "w4a8")  # int4 weights with a scale per group of inputs
 DEFAULT_GROUP_SIZE = 128
 INT4_PER_INT32 = 8
 _REFERENCE_BLOCK = 256
@@ -24,13 +25,13 @@ _REFERENCE_BLOCK = 256
 
 @dataclass(frozen=True)
 class Layout:
-    """How one layer's weight is stored: its scheme and, for w4a16, inputs per scale."""
+    """How one layer's weight is stored: its scheme and, for int4 weights, inputs per scale."""
 
     scheme: Scheme
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        assert (self.group_size is not None) == (self.scheme == "w4a16"), f"bad layout {self}"
+        assert (self.group_size is not None) == (self.scheme in GROUPED), f"bad layout {self}"
 
     def num_groups(self, in_features: int) -> int:
         """Return how many scales one output row has."""
@@ -52,7 +53,7 @@ class Layout:
 class QuantizedWeight:
     """Symmetric integer weights with their scales: `values_OI * scale_OG` is the weight.
 
-    `values_OI` is int8, in [-128, 127] for w8a8 and [-8, 7] for w4a16 (one value a byte here);
+    `values_OI` is int8, in [-128, 127] for w8a8, else in [-8, 7] (one value a byte here);
     `scale_OG` is float32 holding bfloat16 values, G = 1 for w8a8.
     """
 
@@ -136,13 +137,11 @@ def reference_linear(x_NI: Tensor, weight: QuantizedWeight) -> Tensor:
         values_NI, scale_N1 = quantize_rows(x_NI)
         y_NO = _by_blocks(values_NI.float(), weight.values_OI)
         return (y_NO * scale_N1 * weight.scale_OG.float()[:, 0]).to(x_NI.dtype)
-    return torch.cat(
-        [
-            functional.linear(x_NI, _rows(weight, start).dequantize(x_NI.dtype))
-            for start in range(0, weight.out_features, _REFERENCE_BLOCK)
-        ],
-        dim=-1,
-    )
+    dtype = x_NI.dtype
+    if weight.scheme == "w4a8":
+        values_NI, scale_N1 = quantize_rows(x_NI)
+        return (_dequantized_linear(values_NI.float(), weight) * scale_N1).to(dtype)
+    return _dequantized_linear(x_NI, weight)
 
 
 def pack_int4(values_OI: Tensor) -> Tensor:
@@ -167,6 +166,16 @@ def unpack_int4(packed_OW: Tensor, in_features: int) -> Tensor:
 def _by_blocks(x_NI: Tensor, values_OI: Tensor) -> Tensor:
     return torch.cat(
         [functional.linear(x_NI, block.float()) for block in values_OI.split(_REFERENCE_BLOCK)],
+        dim=-1,
+    )
+
+
+def _dequantized_linear(x_NI: Tensor, weight: QuantizedWeight) -> Tensor:
+    return torch.cat(
+        [
+            functional.linear(x_NI, _rows(weight, start).dequantize(x_NI.dtype))
+            for start in range(0, weight.out_features, _REFERENCE_BLOCK)
+        ],
         dim=-1,
     )
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from jobs.kernels.formats import Layout, QuantizedWeight, Scheme
+from jobs.kernels.rows import QuantizedRows
 
 Packed = tuple[Tensor, ...]
+Weight = Tensor | QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,39 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Operator:
-    """A way to compute quantized layers.
+class InPlace:
+    """How a C++ operator writes its results to where they are needed.
 
-    `pack` turns a weight into this operator's own tensors, which are all that is kept;
-    `run(x_NI, packed, bias_O, problem)` gives y_NO in x's dtype; `refuses` gives the reason why a
-    problem is beyond it, or None.
+    `multiply(x, packed, bias_O, y_NO, accumulate)` sets float32 y, or adds to it; x is
+    QuantizedRows where `takes_int8`, else float32 rows. Packed tensors are in blocks of outputs
+    (blocks.py), so those of layers with the same inputs may be joined along dimension 0.
+    """
+
+    takes_int8: bool
+    multiply: Callable[[Tensor | QuantizedRows, Packed, Tensor | None, Tensor, Problem, bool], None]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A way to compute layers of one format.
+
+    `pack` turns a weight (a plain tensor for bf16) into this operator's own tensors, which are all
+    that is kept; `run(x_NI, packed, bias_O, problem)` gives y_NO in x's dtype; `refuses` gives the
+    reason why a problem is beyond it, or None.
     """
 
     name: str
     scheme: Scheme
     refuses: Callable[[Problem], str | None]
-    pack: Callable[[QuantizedWeight, Problem], Packed]
+    pack: Callable[[Weight, Problem], Packed]
     run: Callable[[Tensor, Packed, Tensor | None, Problem], Tensor]
+    in_place: InPlace | None = None
+
+
+def quantized(weight: Weight) -> QuantizedWeight:
+    """Return the weight of a format that is not dense, typed as one."""
+    assert isinstance(weight, QuantizedWeight), "this operator takes quantized weights"
+    return weight
 
 
 def add_bias(y_NO: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -1,61 +1,55 @@
 """Operators that compute a linear layer of a given format, and the choice among them.
 
 Takes a format, a shape, a type and a device; gives the operator that is right and fastest there,
-by a short measurement. It does not know about models or modules.
+by a short measurement that is remembered. It does not know about models or modules.
 
 Every operator agrees with formats.reference_linear, and a row's result does not depend on the
 other rows. That excludes `quantized::linear_dynamic`, which scales activations by the whole batch.
 """
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cluster.errors import EngineError
-from jobs.kernels import w4a16, w8a8
+from jobs.kernels import choices, dense, w4a8, w4a16, w8a8
+from jobs.kernels.choices import Choice
 from jobs.kernels.formats import (
     DEFAULT_GROUP_SIZE,
+    GROUPED,
     Layout,
-    QuantizedWeight,
     Scheme,
     reference_linear,
     round_to_scale,
+    value_range,
 )
-from jobs.kernels.operator import Operator, Packed, Problem
+from jobs.kernels.operator import Operator, Packed, Problem, Weight
 
 TOLERANCE = 0.01  # Largest error over largest output, above bfloat16's rounding of activations.
 _PROBE_ROWS = (1, 5, 32)
 _TIMED_ROWS = (1, 32)
-_REPEATS = 7
+_ROUNDS = 20
+_TIMING_S = 0.5  # after that no further round is begun
 _CLEARLY = 1.25
-_OPERATORS: tuple[Operator, ...] = (*w8a8.OPERATORS, *w4a16.OPERATORS)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The operator chosen, microseconds of each that was right by name, and why others were not."""
-
-    operator: str
-    microseconds: dict[str, float]
-    refused: dict[str, str]
+_PLAIN = "reference"
+_OPERATORS: tuple[Operator, ...] = (
+    *dense.OPERATORS,
+    *w8a8.OPERATORS,
+    *w4a16.OPERATORS,
+    *w4a8.OPERATORS,
+)
 
 
 def available(scheme: Scheme, device: torch.device | str = "cpu") -> list[str]:
     """Return the names of operators of a format that can run on a device at all."""
-    if scheme == "bf16":
-        return ["dense"]
-    probe = Problem(
-        Layout(scheme, DEFAULT_GROUP_SIZE if scheme == "w4a16" else None),
-        256,
-        256,
-        torch.bfloat16,
-        torch.device(device),
-    )
+    layout = Layout(scheme, DEFAULT_GROUP_SIZE if scheme in GROUPED else None)
+    probe = Problem(layout, 256, 256, torch.float32, torch.device(device))
     return [op.name for op in _OPERATORS if op.scheme == scheme and op.refuses(probe) is None]
 
 
@@ -82,28 +76,35 @@ def choose(
 ) -> Choice:
     """Return the fastest operator that computes this layer correctly here, measured once.
 
-    The time is the geometric mean of the medians at 1 and 32 rows; of near ties the first in the
-    order of preference is taken. An operator whose result is
-    off by more than `TOLERANCE` at 1, 5 or 32 rows is refused. The answer is
-    kept for the life of the process, per number of threads.
+    The time is the geometric mean of the shortest at 1 and 32 rows; of near ties the first in the
+    order of preference is taken, and an only choice is not timed. An operator whose result is off
+    by more than `TOLERANCE` at 1, 5 or 32 rows is refused. The answer is kept in the user's cache,
+    per number of threads, for the same CPU and builds.
     """
-    if scheme == "bf16":
-        return Choice("dense", {}, {})
-    if scheme == "w4a16":
+    if scheme in GROUPED:
         group_size = group_size or min(DEFAULT_GROUP_SIZE, in_features)
-    layout = Layout(scheme, group_size if scheme == "w4a16" else None)
+    layout = Layout(scheme, group_size if scheme in GROUPED else None)
     problem = Problem(layout, out_features, in_features, dtype, torch.device(device))
     return _choose(problem, torch.get_num_threads())
 
 
 @functools.cache
 def _choose(problem: Problem, num_threads: int) -> Choice:
-    weight, x_NI = _probe(problem)
-    expected_NO = reference_linear(x_NI.float(), weight)
-    microseconds: dict[str, float] = {}
+    remembered = choices.recall(problem, num_threads)
+    if remembered is not None:
+        return remembered
+    choice = _measure(problem)
+    choices.remember(problem, num_threads, choice)
+    return choice
+
+
+def _measure(problem: Problem) -> Choice:
+    weight, x_NI, expected_NO = _probe(problem)
+    right: dict[str, list[Callable[[], Tensor]]] = {}
     refused: dict[str, str] = {}
     for operator in _OPERATORS:
-        if operator.scheme != problem.layout.scheme:
+        # The plain arithmetic comes last, and is for where nothing else is right.
+        if operator.scheme != problem.layout.scheme or (right and operator.name == _PLAIN):
             continue
         reason = operator.refuses(problem)
         if reason is None:
@@ -112,29 +113,33 @@ def _choose(problem: Problem, num_threads: int) -> Choice:
         if reason is not None:
             refused[operator.name] = reason
             continue
-        times_us = [
-            _median_us(functools.partial(operator.run, x_NI[:rows], packed, None, problem))
+        right[operator.name] = [
+            functools.partial(operator.run, x_NI[:rows], packed, None, problem)
             for rows in _TIMED_ROWS
         ]
-        microseconds[operator.name] = statistics.geometric_mean(times_us)
-    assert "reference" in microseconds, f"the reference disagrees with itself: {refused}"
+    assert right, f"the reference disagrees with itself: {refused}"
+    microseconds = _time_us(right)
     # In order of preference: a near tie must not fall one way here and another way there.
     limit_us = _CLEARLY * min(microseconds.values())
     chosen = next(name for name, time_us in microseconds.items() if time_us <= limit_us)
     return Choice(chosen, microseconds, refused)
 
 
-def _probe(problem: Problem) -> tuple[QuantizedWeight, Tensor]:
-    """Return a weight and activations of this shape that look like a model's."""
+def _probe(problem: Problem) -> tuple[Weight, Tensor, Tensor]:
+    """Return a weight and activations that look like a model's, and what they make in float32."""
     generator = torch.Generator().manual_seed(0)
     shape = (problem.out_features, problem.in_features)
     weight_OI = torch.randn(shape, generator=generator) * 0.02
-    groups = problem.layout.num_groups(problem.in_features)
-    high = 127 if problem.layout.scheme == "w8a8" else 7
-    scale_OG = weight_OI.unflatten(1, (groups, -1)).abs().amax(dim=-1) / high
-    weight = round_to_scale(weight_OI, scale_OG, problem.layout).to(problem.device)
     x_NI = torch.randn((max(_PROBE_ROWS), problem.in_features), generator=generator)
-    return weight, x_NI.to(problem.device, problem.dtype)
+    x_NI = x_NI.to(problem.device, problem.dtype)
+    layout = problem.layout
+    if layout.scheme == "bf16":
+        weight_OI = weight_OI.to(problem.device, torch.bfloat16)
+        return weight_OI, x_NI, functional.linear(x_NI.float(), weight_OI.float())
+    groups, (_, high) = layout.num_groups(problem.in_features), value_range(layout.scheme)
+    scale_OG = weight_OI.unflatten(1, (groups, -1)).abs().amax(dim=-1) / high
+    weight = round_to_scale(weight_OI, scale_OG, layout).to(problem.device)
+    return weight, x_NI, reference_linear(x_NI.float(), weight)
 
 
 def _wrong(
@@ -150,13 +155,38 @@ def _wrong(
     return None
 
 
-def _median_us(call: Callable[[], Tensor]) -> float:
-    call()
-    times_us = []
-    for _ in range(_REPEATS):
-        start_s = time.perf_counter()
-        result = call()
-        if result.is_cuda:
-            torch.cuda.synchronize(result.device)
-        times_us.append((time.perf_counter() - start_s) * 1e6)
-    return statistics.median(times_us)
+def _time_us(calls: dict[str, list[Callable[[], Tensor]]]) -> dict[str, float]:
+    """Return the geometric mean of the shortest times of each operator's calls.
+
+    The shortest, since what others do on the machine only ever adds; by turns, so that it adds to
+    all alike; on one thread, since on a busy machine threads that wait for each other are late by
+    a whole slice of time, which says nothing about an operator.
+    """
+    if len(calls) == 1:
+        return {name: 0.0 for name in calls}
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _shortest_us(calls)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _shortest_us(calls: dict[str, list[Callable[[], Tensor]]]) -> dict[str, float]:
+    shortest_us = {name: [math.inf] * len(own) for name, own in calls.items()}
+    begin_s = time.perf_counter()
+    for round_number in range(_ROUNDS):
+        for name, own in calls.items():
+            for index, call in enumerate(own):
+                shortest_us[name][index] = min(shortest_us[name][index], _once_us(call))
+        if round_number and time.perf_counter() - begin_s > _TIMING_S:
+            break
+    return {name: statistics.geometric_mean(times) for name, times in shortest_us.items()}
+
+
+def _once_us(call: Callable[[], Tensor]) -> float:
+    start_s = time.perf_counter()
+    result = call()
+    if result.is_cuda:
+        torch.cuda.synchronize(result.device)
+    return (time.perf_counter() - start_s) * 1e6

@@ -6,12 +6,58 @@ Takes rows of activations and a packed weight; gives rows of outputs.
 import torch
 from torch import Tensor
 
+from jobs.kernels import blocks, native
 from jobs.kernels.formats import QuantizedWeight, pack_int4, reference_linear, unpack_int4
-from jobs.kernels.operator import Operator, Packed, Problem, add_bias, never_refuses
+from jobs.kernels.operator import (
+    InPlace,
+    Operator,
+    Packed,
+    Problem,
+    Weight,
+    add_bias,
+    never_refuses,
+    quantized,
+)
+from jobs.kernels.rows import QuantizedRows
 
 _GROUP_SIZES = (32, 64, 128, 256)
 _CUDA_TILES = 8
 _BLOCK = 256
+_STEP = 8  # inputs that the C++ kernel reads at a time
+_multiply = native.function("rs_linear_w4a16", "ppppnnnnnnii")
+
+
+def pack_blocks(weight: Weight, problem: Problem) -> Packed:
+    """Return int4 weights as csrc/linear_int4.h describes them, scales among them."""
+    weight = quantized(weight)
+    groups, lanes = weight.scale_OG.shape[1], blocks.BLOCK // 2
+    nibbles_OI = (blocks.pad_outputs(weight.values_OI) + 8).view(torch.uint8)
+    low, high = nibbles_OI.unflatten(1, (-1, 2, 4)).unbind(2)
+    bytes_KI = (low | high << 4).unflatten(0, (-1, blocks.BLOCK)).transpose(1, 2).flatten(1)
+    scale_OG = blocks.pad_outputs(weight.scale_OG.to(torch.bfloat16))
+    scale_KGE2 = scale_OG.unflatten(0, (-1, 2, lanes)).permute(0, 3, 2, 1).contiguous()
+    scale_KGB = scale_KGE2.flatten(2).view(torch.uint8)
+    packed_KGB = torch.cat([scale_KGB, bytes_KI.unflatten(1, (groups, -1))], dim=2)
+    return (blocks.resident(packed_KGB.flatten(1)),)
+
+
+def _refuses_avx512(problem: Problem) -> str | None:
+    return blocks.refuses(problem, group_multiple=_STEP)
+
+
+def _multiply_avx512(
+    x: Tensor | QuantizedRows,
+    packed: Packed,
+    bias_O: Tensor | None,
+    y_NO: Tensor,
+    problem: Problem,
+    accumulate: bool,  # noqa: FBT001 - as InPlace.multiply declares
+) -> None:
+    assert isinstance(x, Tensor), "this operator takes float32 rows"
+    shape = (x.shape[0], problem.in_features, problem.out_features, problem.layout.group_size)
+    strides = (x.stride(0), y_NO.stride(0))
+    addresses = map(native.address, (x, *packed, bias_O, y_NO))
+    _multiply(*addresses, *shape, *strides, accumulate, native.num_threads())
 
 
 def _refuses_int4pack(problem: Problem) -> str | None:
@@ -27,7 +73,8 @@ def _refuses_int4pack(problem: Problem) -> str | None:
     return None
 
 
-def _pack_int4pack(weight: QuantizedWeight, problem: Problem) -> Packed:
+def _pack_int4pack(weight: Weight, problem: Problem) -> Packed:
+    weight = quantized(weight)
     shifted_OI = weight.values_OI.to(torch.int32) + 8
     if problem.device.type == "cpu":
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(shifted_OI, 1)
@@ -49,20 +96,27 @@ def _run_int4pack(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: 
     return add_bias(y_NO.to(x_NI.dtype), bias_O)
 
 
-def _pack_reference(weight: QuantizedWeight, problem: Problem) -> Packed:
-    return pack_int4(weight.values_OI), weight.scale_OG
+def pack_reference(weight: Weight, problem: Problem) -> Packed:
+    """Return int4 weights as they are on disk, and their scales."""
+    return pack_int4(quantized(weight).values_OI), quantized(weight).scale_OG
 
 
-def _run_reference(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
+def run_reference(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
+    """Return y_NO of either int4 format, unpacking a block of outputs at a time."""
     parts = []
     for packed_OW, scale_OG in zip(packed[0].split(_BLOCK), packed[1].split(_BLOCK), strict=True):
         values_OI = unpack_int4(packed_OW, problem.in_features)
-        block = QuantizedWeight("w4a16", values_OI, scale_OG, problem.layout.group_size)
+        block = QuantizedWeight(
+            problem.layout.scheme, values_OI, scale_OG, problem.layout.group_size
+        )
         parts.append(reference_linear(x_NI, block))
     return add_bias(torch.cat(parts, dim=-1), bias_O)
 
 
 OPERATORS = (
+    blocks.operator(
+        "avx512", "w4a16", _refuses_avx512, pack_blocks, InPlace(False, _multiply_avx512)
+    ),
     Operator("int4pack", "w4a16", _refuses_int4pack, _pack_int4pack, _run_int4pack),
-    Operator("reference", "w4a16", never_refuses, _pack_reference, _run_reference),
+    Operator("reference", "w4a16", never_refuses, pack_reference, run_reference),
 )

@@ -14,10 +14,55 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from jobs.kernels import blocks, native
 from jobs.kernels.formats import QuantizedWeight, quantize_rows, reference_linear
-from jobs.kernels.operator import Operator, Packed, Problem, add_bias, never_refuses
+from jobs.kernels.operator import (
+    InPlace,
+    Operator,
+    Packed,
+    Problem,
+    Weight,
+    add_bias,
+    never_refuses,
+    quantized,
+)
+from jobs.kernels.rows import QuantizedRows, padded_inputs
 
 _INT_MM_MIN_ROWS = 32
+_MAX_INPUTS = 66_000  # sums of more products of two bytes leave 32 bits
+_multiply = native.function("rs_linear_w8a8", "pppppppnnnnii")
+
+
+def _refuses_vnni(problem: Problem) -> str | None:
+    if problem.in_features > _MAX_INPUTS:
+        return f"it takes {_MAX_INPUTS} inputs at most"
+    return blocks.refuses(problem)
+
+
+def _pack_vnni(weight: Weight, problem: Problem) -> Packed:
+    values_OI = blocks.pad_outputs(quantized(weight).values_OI)
+    values_OI = functional.pad(
+        values_OI, (0, padded_inputs(problem.in_features) - values_OI.shape[1])
+    )
+    # Flipping the top bit adds 128: the CPU multiplies unsigned by signed bytes.
+    offset_OI = values_OI.view(torch.uint8) ^ 0x80
+    by_four = offset_OI.unflatten(1, (-1, 4)).unflatten(0, (-1, blocks.BLOCK)).transpose(1, 2)
+    scale_O = blocks.pad_outputs(quantized(weight).scale_OG.float())[:, 0]
+    return blocks.resident(by_four.flatten(1)), scale_O.contiguous()
+
+
+def _multiply_vnni(
+    x: Tensor | QuantizedRows,
+    packed: Packed,
+    bias_O: Tensor | None,
+    y_NO: Tensor,
+    problem: Problem,
+    accumulate: bool,  # noqa: FBT001 - as InPlace.multiply declares
+) -> None:
+    assert isinstance(x, QuantizedRows), "this operator takes quantized rows"
+    tensors = (x.values_NS, x.scale_N, x.sums_NB, *packed, bias_O, y_NO)
+    sizes = (x.rows, problem.in_features, problem.out_features, y_NO.stride(0))
+    _multiply(*map(native.address, tensors), *sizes, accumulate, native.num_threads())
 
 
 @functools.cache
@@ -60,10 +105,11 @@ def _refuses_zentorch(problem: Problem) -> str | None:
     return _load_zentorch()
 
 
-def _pack_zentorch(weight: QuantizedWeight, problem: Problem) -> Packed:
+def _pack_zentorch(weight: Weight, problem: Problem) -> Packed:
     ops = torch.ops.zentorch
-    packed = ops.zentorch_weight_prepack_for_dynamic_qlinear(weight.values_OI.contiguous())
-    return packed, weight.scale_OG[:, 0].contiguous()
+    values_OI = quantized(weight).values_OI.contiguous()
+    packed = ops.zentorch_weight_prepack_for_dynamic_qlinear(values_OI)
+    return packed, quantized(weight).scale_OG[:, 0].contiguous()
 
 
 def _run_zentorch(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
@@ -82,8 +128,8 @@ def _refuses_int_mm(problem: Problem) -> str | None:
     return None
 
 
-def _pack_int_mm(weight: QuantizedWeight, problem: Problem) -> Packed:
-    return weight.values_OI.contiguous(), weight.scale_OG[:, 0].contiguous()
+def _pack_int_mm(weight: Weight, problem: Problem) -> Packed:
+    return quantized(weight).values_OI.contiguous(), quantized(weight).scale_OG[:, 0].contiguous()
 
 
 def _run_int_mm(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
@@ -96,8 +142,8 @@ def _run_int_mm(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Pr
     return add_bias((y_NO * scale_N1 * packed[1]).to(x_NI.dtype), bias_O)
 
 
-def _pack_reference(weight: QuantizedWeight, problem: Problem) -> Packed:
-    return weight.values_OI, weight.scale_OG
+def _pack_reference(weight: Weight, problem: Problem) -> Packed:
+    return quantized(weight).values_OI, quantized(weight).scale_OG
 
 
 def _run_reference(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
@@ -107,6 +153,7 @@ def _run_reference(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem:
 
 
 OPERATORS = (
+    blocks.operator("vnni", "w8a8", _refuses_vnni, _pack_vnni, InPlace(True, _multiply_vnni)),
     Operator("zentorch", "w8a8", _refuses_zentorch, _pack_zentorch, _run_zentorch),
     Operator("int_mm", "w8a8", _refuses_int_mm, _pack_int_mm, _run_int_mm),
     Operator("reference", "w8a8", never_refuses, _pack_reference, _run_reference),

@@ -37,6 +37,21 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
             raise ModelFormatError(f"{path} is not a readable safetensors file: {error}") from None
 
 
+def tensor_names(directory: Path) -> set[str]:
+    """Return the names of all tensors of a model directory, without reading any.
+
+    Raises ModelFormatError where weights are absent, unreadable or their index is damaged.
+    """
+    names: set[str] = set()
+    for path, _ in _files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ModelFormatError(f"{path} is not a readable safetensors file: {error}") from None
+    return names
+
+
 def write_tensors(tensors: Mapping[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
     """Write tensors to one file, or to several of at most `max_shard_bytes` and an index.
 

@@ -9,6 +9,7 @@ B batch, T tokens, H query heads, K key/value heads, D size of a head, C hidden 
 
 import math
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,28 @@ from jobs.models import _hf, _weights
 from jobs.models._hf import stop_token_ids
 from jobs.models._rotary import Rotary, rotate
 
-__all__ = ["Block", "Decoder", "RMSNorm", "build", "linear_names", "load", "save", "stop_token_ids"]
+__all__ = [
+    "Block",
+    "Decoder",
+    "RMSNorm",
+    "RowAdapters",
+    "build",
+    "linear_names",
+    "load",
+    "save",
+    "stop_token_ids",
+]
+
+
+class RowAdapters(Protocol):
+    """Low-rank parts that some rows of a pass add to what linear layers give."""
+
+    def add(self, layer_name: str, x_TC: Tensor, y_TO: Tensor) -> None:
+        """Add to the output of the layer of this name, in place, what its input makes of it.
+
+        Rows of both may lie any stride apart.
+        """
+        ...
 
 
 class Decoder(nn.Module):
@@ -53,14 +75,18 @@ class Decoder(nn.Module):
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
         attention: Attention | None = None,
+        adapters: RowAdapters | None = None,
     ) -> Tensor:
-        """Return h_BTC after the final norm, for a caller that needs logits of few tokens."""
+        """Return h_BTC after the final norm, for a caller that needs logits of few tokens.
+
+        With `adapters` every linear layer's output is handed to them, rows of all B together.
+        """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         h_BTC = self.model.embed_tokens(tokens_BT)
         cos_BT1D, sin_BT1D = self.rotary(positions_BT, h_BTC.dtype)
         for block in self.model.layers:
-            h_BTC = block(h_BTC, cos_BT1D, sin_BT1D, attention)
+            h_BTC = block(h_BTC, cos_BT1D, sin_BT1D, attention, adapters)
         return self.model.norm(h_BTC)
 
     def head(self, h: Tensor) -> Tensor:
@@ -71,6 +97,15 @@ class Decoder(nn.Module):
         """Make the head share the embedding's weight, where the configuration says so."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def untie(self) -> None:
+        """Give the head a copy of the embedding's weight as its own, if they share it."""
+        if self.config.tie_embeddings:
+            self.config = self.config.replace(tie_embeddings=False)
+            weight_VC = self.model.embed_tokens.weight
+            self.lm_head.weight = nn.Parameter(
+                weight_VC.detach().clone(), requires_grad=weight_VC.requires_grad
+            )
 
 
 class Block(nn.Module):
@@ -83,16 +118,22 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = _SelfAttention(config, layer)
-        self.mlp = _GatedMLP(config)
+        self.mlp = _GatedMLP(config, layer)
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(
-        self, h_BTC: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor, attention: Attention | None = None
+        self,
+        h_BTC: Tensor,
+        cos_BT1D: Tensor,
+        sin_BT1D: Tensor,
+        attention: Attention | None = None,
+        adapters: RowAdapters | None = None,
     ) -> Tensor:
         """Return the residual stream h_BTC after this layer."""
-        h_BTC = h_BTC + self.self_attn(self.input_layernorm(h_BTC), cos_BT1D, sin_BT1D, attention)
-        return h_BTC + self.mlp(self.post_attention_layernorm(h_BTC))
+        x_BTC = self.input_layernorm(h_BTC)
+        h_BTC = h_BTC + self.self_attn(x_BTC, cos_BT1D, sin_BT1D, attention, adapters)
+        return h_BTC + self.mlp(self.post_attention_layernorm(h_BTC), adapters)
 
 
 class RMSNorm(nn.Module):
@@ -117,10 +158,29 @@ class _Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
 
-class _SelfAttention(nn.Module):
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+class _Part(nn.Module):
+    """A part of a block, known to adapters by its place in the module tree."""
+
+    name: str
+
+    def __init__(self, layer: int) -> None:
         super().__init__()
         self.layer = layer
+
+    def project(self, name: str, x_BTC: Tensor, adapters: RowAdapters | None) -> Tensor:
+        """Return what the linear layer of this name gives, with what adapters add."""
+        y_BTO: Tensor = getattr(self, name)(x_BTC)
+        if adapters is not None:
+            layer_name = f"model.layers.{self.layer}.{self.name}.{name}"
+            adapters.add(layer_name, x_BTC.flatten(0, 1), y_BTO.flatten(0, 1))
+        return y_BTO
+
+
+class _SelfAttention(_Part):
+    name = "self_attn"
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__(layer)
         self.head_dim = config.resolved_head_dim
         self.window = config.sliding_window
         query_size = config.num_heads * self.head_dim
@@ -137,11 +197,17 @@ class _SelfAttention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
 
     def forward(
-        self, x_BTC: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor, attention: Attention | None
+        self,
+        x_BTC: Tensor,
+        cos_BT1D: Tensor,
+        sin_BT1D: Tensor,
+        attention: Attention | None,
+        adapters: RowAdapters | None,
     ) -> Tensor:
-        q_BTHD = self.q_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
-        k_BTKD = self.k_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
-        v_BTKD = self.v_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
+        q_BTHD, k_BTKD, v_BTKD = (
+            self.project(name, x_BTC, adapters).unflatten(-1, (-1, self.head_dim))
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
         # Rotating promotes to float32 under autocast, which gives the values as bfloat16.
@@ -151,18 +217,22 @@ class _SelfAttention(nn.Module):
             o_BTHD = attend_causal(q_BTHD, k_BTKD, v_BTKD, self.window)
         else:
             o_BTHD = attention(self.layer, q_BTHD, k_BTKD, v_BTKD)
-        return self.o_proj(o_BTHD.flatten(-2))
+        return self.project("o_proj", o_BTHD.flatten(-2), adapters)
 
 
-class _GatedMLP(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
+class _GatedMLP(_Part):
+    name = "mlp"
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__(layer)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+    def forward(self, x_BTC: Tensor, adapters: RowAdapters | None) -> Tensor:
+        gate_BTF = self.project("gate_proj", x_BTC, adapters)
+        product_BTF = functional.silu(gate_BTF) * self.project("up_proj", x_BTC, adapters)
+        return self.project("down_proj", product_BTF, adapters)
 
 
 def build(config: DecoderConfig, seed: int) -> Decoder:

@@ -1,13 +1,13 @@
 """What every inference engine offers: token ids in, text and token ids out, piece by piece.
 
 Takes and gives values only. It does not know about HTTP, prompts as text, or how an engine works.
-Each plug-in package in this folder has `create(directory, options) -> Engine`.
+Each plug-in package in this folder has `create(directory, options) -> Engine | EmbeddingEngine`.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
@@ -27,6 +27,25 @@ class FinishReason(StrEnum):
     LENGTH = "length"
 
 
+class GrammarKind(StrEnum):
+    """What a grammar's text is written in."""
+
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+
+
+class Grammar(StrictModel):
+    """What an answer must look like."""
+
+    kind: GrammarKind = Field(description="How `text` is to be read.")
+    text: str = Field(
+        default="",
+        description="A JSON schema, a regular expression, or a JSON list of the choices.",
+    )
+
+
 class GenerateRequest(StrictModel):
     """One sequence to continue."""
 
@@ -37,7 +56,25 @@ class GenerateRequest(StrictModel):
     temperature: float = Field(default=1.0, ge=0, le=2, description="0 picks the likeliest token.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Smallest set of this probability.")
     top_k: int | None = Field(default=None, ge=1, description="Only this many likeliest tokens.")
-    seed: int | None = Field(default=None, description="Makes sampling repeatable.")
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="Least probability, as a share of the likeliest's."
+    )
+    presence_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="Taken off the logits of tokens generated so far."
+    )
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="The same, once for each time they were generated."
+    )
+    repetition_penalty: float = Field(
+        default=1.0, gt=0, le=10, description="Divides logits of tokens in prompt or answer."
+    )
+    logit_bias: dict[int, float] = Field(
+        default={}, description="Added to the logits of these token ids; in [-100, 100]."
+    )
+    grammar: Grammar | None = Field(default=None, description="What the answer must look like.")
+    seed: int | None = Field(
+        default=None, description="Makes sampling repeatable: draw i depends on (seed, i) alone."
+    )
     stop: tuple[StopString, ...] = Field(
         default=(),
         max_length=MAX_STOP_STRINGS,
@@ -51,6 +88,17 @@ class GenerateRequest(StrictModel):
     )
     ignore_eos: bool = Field(
         default=False, description="Go on after an end token (for benchmarks)."
+    )
+    adapter: str | None = Field(default=None, description="LoRA adapter to run; unset: none.")
+    tenant: str = Field(
+        default="",
+        description="Who asks. Cached prefixes are shared within a tenant only, and tenants get "
+        "equal shares of the engine's tokens.",
+    )
+    resumed_tokens: tuple[int, ...] = Field(
+        default=(),
+        description="Tokens that another engine generated and delivered already: the answer goes "
+        "on after them as if it had never stopped. They count towards `max_tokens`.",
     )
 
 
@@ -82,6 +130,7 @@ class Chunk:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    cached_tokens: int = 0  # Of the prompt, on the first chunk: read from the cache, not computed.
 
 
 @dataclass(frozen=True)
@@ -96,11 +145,19 @@ class EngineInfo:
     cache_bytes: int
     schemes: Mapping[str, str]
     operators: Mapping[str, str]
+    task: Literal["generate", "embed"] = "generate"
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """An engine's load now, and its totals since it started."""
+    """An engine's load now, and its totals since it started.
+
+    `tokens_in_flight` counts prompt and answer tokens of accepted sequences that are still to be
+    computed, with `max_tokens` for the answer. `queue_age_s` is how long the oldest waiting
+    sequence has waited. `cached_prompt_tokens` were read from shared blocks, `drafted_tokens` were
+    proposed by speculation and `accepted_tokens` of them taken.
+    """
 
     num_running: int
     num_waiting: int
@@ -108,10 +165,41 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     num_ticks: int
+    tokens_in_flight: int = 0
+    queue_age_s: float = 0.0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    cached_prompt_tokens: int = 0
+    num_preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+class EmbeddingEngine(Protocol):
+    """Runs one encoder; inputs that arrive together are computed together."""
+
+    def info(self) -> EngineInfo:
+        """Return what this engine runs; its task is `embed`."""
+        ...
+
+    async def embed(self, inputs: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        """Return a vector of unit length for each input; cancelling the call cancels the work.
+
+        Raises RequestError if an input does not fit the model, EngineError if the engine stopped.
+        """
+        ...
+
+    def stats(self) -> EngineStats:
+        """Return the load now; raises EngineError if the engine stopped."""
+        ...
+
+    def close(self) -> None:
+        """Stop; calls that still run raise EngineError. Calling it again does nothing."""
+        ...
 
 
 class Engine(Protocol):
-    """Runs one model."""
+    """Runs one model that generates."""
 
     def info(self) -> EngineInfo:
         """Return what this engine runs."""

@@ -1,32 +1,41 @@
-"""From an accepted request to bytes: counts, places, streams, and clients that leave.
+"""From an accepted request to bytes: reservations, streams, deadlines, and clients that leave.
 
 Takes a request and its rendering; gives an ASGI response. It does not know the OpenAI schemas or
 how a backend works.
 """
 
-import asyncio
-import json
 import logging
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from starlette.responses import JSONResponse, Response
+import msgspec
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serving.gateway import errors
+from serving.gateway.accounts import Accounts, Spent
 from serving.gateway.backend import Backend
+from serving.gateway.call import Call
+from serving.gateway.deadlines import attempt
 from serving.gateway.errors import RefusedError
-from serving.gateway.limits import Admission
-from serving.gateway.metrics import GatewayMetrics
-from serving.gateway.rendering import Choice, Header, Rendering, Usage, tokens_length
-from serving.messages import Delta, Event, InferenceRequest, Refused, ServedModel, Started
+from serving.gateway.limits import GatewayLimits
+from serving.gateway.metrics import GatewayMetrics, TokenMeter
+from serving.gateway.rendering import Document, Frames, Header, Rendering, Tally, merged
+from serving.gateway.reserving import most_generation_tokens
+from serving.gateway.responses import JsonResponse, RefusalResponse
+from serving.gateway.streams import Wire, run_while_connected
+from serving.messages import Delta, Event, Events, InferenceRequest, Refused, ServedModel, Started
 
 _logger = logging.getLogger(__name__)
-_DONE = b"data: [DONE]\n\n"
+_INCOMPLETE = Refused(
+    HTTPStatus.BAD_GATEWAY,
+    "the answer was cut short: the model's replica went away. Ask again.",
+    code="answer_incomplete",
+    retry_after_s=1,
+)
+_STALLED = Refused(HTTPStatus.REQUEST_TIMEOUT, "the client stopped reading.", code="client_stalled")
 
 
 @dataclass(frozen=True)
@@ -36,183 +45,197 @@ class Question:
     model: ServedModel
     inference: InferenceRequest
     rendering: Rendering
-    is_stream: bool
-    includes_usage: bool
-    has_token_ids: bool
+    is_stream: bool = False
+    includes_usage: bool = False
+    has_token_ids: bool = False
+    timeout_s: float | None = None
+    headers: tuple[tuple[bytes, bytes], ...] = ()  # Of the response to a stream.
 
-    def header(self) -> Header:
+    def header(self, call: Call) -> Header:
         """Return what all documents of the answer begin with."""
-        has_logprobs = self.inference.sampling.num_logprobs is not None
-        created_s = int(time.time())
-        name = self.model.name
-        return Header(uuid.uuid4().hex, created_s, name, self.has_token_ids, has_logprobs)
+        return Header(
+            id=call.request_id,
+            created_s=int(time.time()),
+            model=self.model.name,
+            has_token_ids=self.has_token_ids,
+            has_logprobs=self.inference.sampling.num_logprobs is not None,
+            has_usage=self.includes_usage,
+        )
 
 
 class Answering:
-    """Answers questions with a backend, within the bound of accepted work."""
+    """Answers questions with a backend, on the callers' accounts."""
 
-    def __init__(self, backend: Backend, admission: Admission, metrics: GatewayMetrics) -> None:
-        self._backend = backend
-        self._admission = admission
-        self._metrics = metrics
-
-    def response(self, question: Question) -> Response:
-        """Return a response that works when it is sent, and stops when the client leaves."""
-        return _Answer(self, question)
-
-    async def send(self, question: Question, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer. Raises RefusedError while nothing was sent."""
-        async with aclosing(self._events(question)) as events:
-            first = await anext(events, None)
-            assert first is not None, "an answer has at least one event"
-            if question.is_stream:
-                await self._send_stream(question, first, events, send)
-                return
-            document = await self._collect(question, first, events)
-        await JSONResponse(document)(scope, receive, send)
-
-    async def _events(self, question: Question) -> AsyncGenerator[list[Event], None]:
-        """Yield batches of events while holding places; raise RefusedError at a refusal."""
-        name, started = question.model.name, time.monotonic()
-        has_token = False
-        with self._admission.hold(question.inference.total_choices):
-            source = self._backend.generate(question.model, question.inference)
-            async with aclosing(source):
-                async for batch in source:
-                    for event in batch:
-                        if isinstance(event, Refused):
-                            raise RefusedError(event)
-                        if isinstance(event, Started):
-                            self._metrics.tokens(name, prompt=event.prompt_tokens)
-                            continue
-                        self._metrics.tokens(name, generated=len(event.token_ids))
-                        if not has_token:
-                            has_token = True
-                            self._metrics.first_token(name, time.monotonic() - started)
-                    yield batch
-
-    async def _collect(
-        self, question: Question, first: list[Event], events: AsyncIterator[list[Event]]
-    ) -> dict[str, object]:
-        tally = _Tally(question.inference.total_choices)
-        tally.add(first)
-        async for batch in events:
-            tally.add(batch)
-        return question.rendering.whole(question.header(), tally.choices, tally.usage())
-
-    async def _send_stream(
-        self,
-        question: Question,
-        first: list[Event],
-        events: AsyncIterator[list[Event]],
-        send: Send,
+    def __init__(
+        self, backend: Backend, accounts: Accounts, limits: GatewayLimits, metrics: GatewayMetrics
     ) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-        headers.append((b"cache-control", b"no-cache"))
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async for lines in _stream_lines(question, first, events):
-            await send({"type": "http.response.body", "body": lines, "more_body": True})
-        await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+        self.limits = limits
+        self._backend, self._accounts, self._metrics = backend, accounts, metrics
+
+    def response(self, question: Question, call: Call) -> Response:
+        """Return a response that works when it is sent, and stops when the client leaves."""
+        return _Answer(self, question, call)
+
+    @asynccontextmanager
+    async def begin(self, question: Question, call: Call) -> AsyncIterator["Running"]:
+        """Reserve and start a request; charge what it used, and cancel it, at the block's end."""
+        model, inference = question.model, question.inference
+        call.model = model
+        assert call.place is not None, "a request that generates holds a place"
+        call.place.grow(inference.total_choices)
+        most = most_generation_tokens(model, inference, self.limits.answer_tokens)
+        reservation = await self._accounts.reserve(
+            call.caller(), call.request_id, most, inference.total_choices
+        )
+        running = Running(question, call, self._metrics.meter(call))
+        try:
+            asked = msgspec.structs.replace(inference, request_id=call.request_id, team=call.team)
+            running.source = self._backend.generate(model, asked)
+            async with aclosing(running.source):
+                yield running
+        finally:
+            reservation.settle(running.spent())
+
+
+class Running:
+    """A request in work: its events, counted and timed."""
+
+    source: Events
+
+    def __init__(self, question: Question, call: Call, meter: TokenMeter) -> None:
+        inference = question.inference
+        is_kept = not question.is_stream
+        self.tally = Tally(inference.total_choices, inference.num_choices, is_kept=is_kept)
+        self._call, self._meter = call, meter
+        self._last_s: float | None = None
+
+    def note(self, batch: list[Event]) -> Refused | None:
+        """Count what happened; return why the request ended, if it was refused."""
+        most_tokens = 0
+        for event in batch:
+            if isinstance(event, Delta):
+                self.tally.add(event)
+                most_tokens = max(most_tokens, len(event.token_ids))
+            elif isinstance(event, Started):
+                self.tally.start(event)
+            else:
+                return event
+        if most_tokens:
+            self._time(most_tokens)
+        return None
+
+    def spent(self) -> Spent | None:
+        """Return what is to be charged; None if the work never started."""
+        call, tally = self._call, self.tally
+        assert call.model is not None, "set before the request began"
+        call.prompt_tokens = tally.prompt_tokens
+        call.cached_tokens = tally.cached_tokens
+        call.generated_tokens = tally.generated_tokens
+        if not tally.has_started:
+            return None
+        return Spent(
+            call.model.name,
+            call.model.version,
+            tally.prompt_tokens,
+            tally.generated_tokens,
+            tally.cached_tokens,
+        )
+
+    def _time(self, num_tokens: int) -> None:
+        now_s = time.monotonic()
+        if self._last_s is None:
+            self._call.first_token_s = now_s - self._call.started_s
+            self._meter.first_token_s.observe(self._call.first_token_s)
+        else:
+            self._meter.between_tokens_s.observe((now_s - self._last_s) / num_tokens)
+        self._last_s = now_s
 
 
 class _Answer(Response):
-    def __init__(self, answering: Answering, question: Question) -> None:
+    def __init__(self, answering: Answering, question: Question, call: Call) -> None:
         super().__init__()
-        self._answering = answering
-        self._question = question
+        self._answering, self._question, self._call = answering, question, call
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        question, call, limits = self._question, self._call, self._answering.limits
+        wire = Wire(send, limits, question.headers)
+
+        response: Response | None = None
+
+        async def answer() -> None:
+            nonlocal response
+            if question.is_stream:
+                await self._stream(wire)
+            else:
+                response = JsonResponse(await self._whole())
+
         async def work() -> None:
-            try:
-                await self._answering.send(self._question, scope, receive, send)
-            except RefusedError as error:
-                await errors.response(error.refused)(scope, receive, send)
+            refused = await attempt(answer, call, question.timeout_s, limits)
+            if refused is not None:
+                wire.close()
+                await self._refuse(refused, wire, (scope, receive, send))
+            elif response is not None:
+                await response(scope, receive, send)
 
-        await run_while_connected(receive, work)
+        async def watch() -> None:
+            await wire.watch()
+            call.refused = _STALLED
 
+        has_ended = await run_while_connected(receive, work, watch if question.is_stream else None)
+        call.has_left = not has_ended
 
-async def run_while_connected(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
-    """Run `work` to its end, or cancel it as soon as the client leaves."""
+    async def _refuse(
+        self, refused: Refused, wire: Wire, connection: tuple[Scope, Receive, Send]
+    ) -> None:
+        if not wire.has_started:
+            await RefusalResponse(refused)(*connection)
+            return
+        self._call.refused = refused
+        _logger.warning("request %s was cut short: %s", self._call.request_id, refused.code)
+        await wire.fail(refused)
 
-    async def client_left() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    async def _whole(self) -> Document:
+        question = self._question
+        async with self._answering.begin(question, self._call) as running:
+            async for batch in running.source:
+                refused = running.note(batch)
+                if refused is not None:
+                    raise RefusedError(refused)
+                if running.tally.is_complete:
+                    break
+        tally = running.tally
+        if not tally.is_complete:
+            raise RefusedError(_INCOMPLETE)
+        header = question.header(self._call)
+        return question.rendering.whole(header, tally.choices, tally.usage())
 
-    working = asyncio.ensure_future(work())
-    watching = asyncio.ensure_future(client_left())
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
-
-
-class _Tally:
-    """Adds up the events of one answer."""
-
-    def __init__(self, num_choices: int) -> None:
-        self.choices = [Choice() for _ in range(num_choices)]
-        self._prompt_tokens = 0
-
-    def add(self, batch: list[Event]) -> None:
-        for event in batch:
-            if isinstance(event, Started):
-                self._prompt_tokens += event.prompt_tokens
-            elif isinstance(event, Delta):
-                self.choices[event.choice].add(event)
-
-    def usage(self) -> Usage:
-        generated = sum(len(choice.token_ids) for choice in self.choices)
-        return Usage(self._prompt_tokens, generated)
-
-
-async def _stream_lines(
-    question: Question, first: list[Event], events: AsyncIterator[list[Event]]
-) -> AsyncIterator[bytes]:
-    """Yield the server-sent events of an answer, all but the last one."""
-    header, rendering = question.header(), question.rendering
-    tally = _Tally(question.inference.total_choices)
-    opening = rendering.opening(header, len(tally.choices))
-    yield b"".join(_chunk_line(question, chunk) for chunk in opening)
-    try:
-        yield _batch_lines(question, header, tally, first)
-        async for batch in events:
-            yield _batch_lines(question, header, tally, batch)
-    except RefusedError as error:
-        # The status is sent; the OpenAI clients raise what a stream says under `error`.
-        _logger.warning("a stream was cut short: %s", error.refused.message)
-        yield _line(errors.document(error.refused))
-        return
-    if question.includes_usage:
-        yield _line(rendering.usage(header, tally.usage()))
+    async def _stream(self, wire: Wire) -> None:
+        question, num_choices = self._question, self._question.inference.total_choices
+        frames = question.rendering.frames(question.header(self._call), num_choices)
+        lines, refused = frames.opening(), None
+        async with self._answering.begin(question, self._call) as running:
+            tally = running.tally
+            async for batch in running.source:
+                refused = running.note(batch)
+                lines += _pieces(frames, batch)
+                if refused is not None or tally.is_complete:
+                    break
+                # Until the request has started, a refusal can still have a status of its own.
+                if lines and tally.has_started:
+                    await wire.write(lines)
+                    lines = b""
+        if refused is None and not tally.is_complete:
+            refused = _INCOMPLETE
+        if refused is not None:
+            if lines and tally.has_started:
+                await wire.write(lines)
+            raise RefusedError(refused)
+        if question.includes_usage:
+            lines += frames.usage(tally.usage())
+        await wire.finish(lines)
 
 
-def _batch_lines(question: Question, header: Header, tally: _Tally, batch: list[Event]) -> bytes:
-    lines = []
-    for event in batch:
-        if not isinstance(event, Delta):
-            continue
-        has_news = event.text or event.finish_reason or event.logprobs or header.has_token_ids
-        if has_news:
-            offset = tokens_length(tally.choices[event.choice].logprobs)
-            lines.append(_chunk_line(question, question.rendering.chunk(header, event, offset)))
-        tally.choices[event.choice].add(event)
-    tally.add([event for event in batch if isinstance(event, Started)])
-    return b"".join(lines)
-
-
-def _chunk_line(question: Question, chunk: dict[str, object]) -> bytes:
-    """Return a chunk's event; where usage is asked for, OpenAI states it as null until the end."""
-    return _line({**chunk, "usage": None} if question.includes_usage else chunk)
-
-
-def _line(document: dict[str, object]) -> bytes:
-    return b"data: " + json.dumps(document, ensure_ascii=False).encode() + b"\n\n"
-
-
-REFUSED_INTERNALLY = Refused(
-    HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed. The operator finds the reason in its log."
-)
+def _pieces(frames: Frames, batch: list[Event]) -> bytes:
+    # One delta is the rule: the reader keeps up.
+    deltas = merged(batch) if len(batch) > 1 else batch
+    return b"".join(frames.piece(delta) for delta in deltas if isinstance(delta, Delta))

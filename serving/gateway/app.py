@@ -1,157 +1,118 @@
 """The REST API: routes of the OpenAI API over a backend, with health and metrics beside them.
 
-Takes a backend, keys and bounds; gives an ASGI application. It does not know Ray or engines.
+Takes a backend, accounts and bounds; gives an ASGI application. It does not know Ray or engines.
 """
 
 import logging
-from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from importlib.metadata import version
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp
+from starlette.responses import Response
 
+from cluster.errors import RaysmithError
 from serving.gateway import errors
-from serving.gateway.answering import REFUSED_INTERNALLY, Answering, Question
-from serving.gateway.auth import KeyRing
+from serving.gateway.access import AccessControl
+from serving.gateway.accounts import Accounts
+from serving.gateway.answering import Answering
 from serving.gateway.backend import Backend
+from serving.gateway.call import call_of
+from serving.gateway.embedding import Embedding
 from serving.gateway.errors import RefusedError
-from serving.gateway.limits import Admission
+from serving.gateway.hardening import CleanHeaders, WholeBodies
+from serving.gateway.limits import Admission, GatewayLimits
 from serving.gateway.metrics import GatewayMetrics
-from serving.gateway.middleware import Authentication, Bounds, Counting
-from serving.gateway.rendering import ChatRendering, CompletionRendering, Rendering
-from serving.gateway.schemas import ChatCompletionRequest, CompletionRequest
-from serving.messages import Refused, ServedModel
+from serving.gateway.observing import Observing
+from serving.gateway.openapi import GatewayApi
+from serving.gateway.responses import RefusalResponse
+from serving.gateway.routes_inference import (
+    InferenceService,
+    add_event_stream_routes,
+    add_inference_routes,
+)
+from serving.gateway.routes_operation import (
+    add_model_routes,
+    add_operation_routes,
+    add_usage_route,
+)
+from serving.gateway.rules import check_rules
+from serving.gateway.telemetry import Tracer, make_tracer
+from serving.gateway.tickets import Tickets
+from serving.messages import Refused
 
 _logger = logging.getLogger(__name__)
+_DESCRIPTION = (
+    "The OpenAI API over compressed models. Send `Authorization: Bearer KEY` with every request."
+)
 
 
-@dataclass(frozen=True)
-class GatewayLimits:
-    """Bounds of one gateway."""
+def create_app(
+    backend: Backend, accounts: Accounts, limits: GatewayLimits, *, tracer: Tracer | None = None
+) -> FastAPI:
+    """Return the ASGI application; raises AssertionError if a route has no rule.
 
-    max_accepted_choices: int = 128
-    max_body_bytes: int = 4 * 2**20
-
-
-def create_app(backend: Backend, keys: KeyRing, limits: GatewayLimits) -> ASGIApp:
-    """Return the application; the outermost layer counts, the next ones refuse early."""
+    From outside in, its layers see everything, clean headers, check keys and the bound on work,
+    and read bodies; each refuses before the next one spends anything. `tracer` None: as the
+    environment says. Raises ConfigError for a trace exporter that is not installed.
+    """
     admission = Admission(limits.max_accepted_choices)
-    metrics = GatewayMetrics(admission)
-    # No pages of interactive documentation: they load scripts from elsewhere.
-    app = FastAPI(title="Raysmith", docs_url=None, redoc_url=None)
-    app.include_router(_inference_routes(backend, Answering(backend, admission, metrics)))
-    app.include_router(_operation_routes(backend, metrics))
+    metrics = GatewayMetrics(admission, backend.stats)
+    service = InferenceService(
+        backend=backend,
+        accounts=accounts,
+        limits=limits,
+        admission=admission,
+        answering=Answering(backend, accounts, limits, metrics),
+        embedding=Embedding(backend, accounts, limits),
+        tickets=Tickets(limits),
+    )
+    # FastAPI's own pages are off: they load scripts from elsewhere and would need no key.
+    app = GatewayApi(
+        title="Raysmith",
+        version=version("raysmith"),
+        description=_DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    add_inference_routes(app, service)
+    add_event_stream_routes(app, service)
+    add_model_routes(app, backend)
+    add_usage_route(app, accounts)
+    add_operation_routes(app, backend, metrics)
+    check_rules(app.routes)
     _render_errors(app)
-    app.add_middleware(Bounds, max_body_bytes=limits.max_body_bytes)
-    app.add_middleware(Authentication, keys=keys)
-    app.add_middleware(Counting, metrics=metrics)
+    # The last one added is the outermost.
+    app.add_middleware(WholeBodies, limits=limits)
+    app.add_middleware(AccessControl, routes=app.routes, accounts=accounts, admission=admission)
+    app.add_middleware(CleanHeaders, limits=limits)
+    app.add_middleware(Observing, metrics=metrics, tracer=tracer or make_tracer())
     return app
-
-
-def _inference_routes(backend: Backend, answering: Answering) -> APIRouter:
-    router = APIRouter(prefix="/v1")
-
-    @router.get("/models")
-    async def list_models() -> dict[str, Any]:
-        models = [_model_document(model) for model in backend.models()]
-        return {"object": "list", "data": models}
-
-    @router.get("/models/{name}")
-    async def get_model(name: str) -> dict[str, Any]:
-        return _model_document(_find_model(backend, name))
-
-    @router.post("/completions", response_model=None)
-    async def complete(body: CompletionRequest) -> Response:
-        return answering.response(_question(backend, body, CompletionRendering()))
-
-    @router.post("/chat/completions", response_model=None)
-    async def chat(body: ChatCompletionRequest) -> Response:
-        return answering.response(_question(backend, body, ChatRendering()))
-
-    return router
-
-
-def _operation_routes(backend: Backend, metrics: GatewayMetrics) -> APIRouter:
-    router = APIRouter()
-
-    @router.get("/healthz")
-    async def is_alive() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @router.get("/readyz", response_model=None)
-    async def is_ready() -> Response:
-        problem = await backend.problem()
-        if problem is not None:
-            return errors.response(problem)
-        references = [model.reference for model in backend.models()]
-        return JSONResponse({"status": "ready", "models": references})
-
-    @router.get("/metrics", response_model=None)
-    async def show_metrics() -> Response:
-        return Response(metrics.page(), media_type="text/plain; version=0.0.4")
-
-    return router
-
-
-def _question(
-    backend: Backend, body: CompletionRequest | ChatCompletionRequest, rendering: Rendering
-) -> Question:
-    return Question(
-        model=_find_model(backend, body.model),
-        inference=body.inference(),
-        rendering=rendering,
-        is_stream=bool(body.stream),
-        includes_usage=body.includes_usage,
-        has_token_ids=bool(body.return_token_ids),
-    )
-
-
-def _find_model(backend: Backend, asked: str) -> ServedModel:
-    """Return the model of this name or name@version, or raise RefusedError that lists them."""
-    for model in backend.models():
-        if asked in (model.name, model.reference):
-            return model
-    known = ", ".join(f"`{model.name}`" for model in backend.models())
-    message = f"no model `{asked}` is served here; there is: {known}."
-    raise RefusedError(
-        Refused(HTTPStatus.NOT_FOUND, message, code="model_not_found", param="model")
-    )
-
-
-def _model_document(model: ServedModel) -> dict[str, Any]:
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": model.published_s,
-        "owned_by": "raysmith",
-        "root": model.reference,
-    }
 
 
 def _render_errors(app: FastAPI) -> None:
     @app.exception_handler(RefusedError)
     async def on_refused(request: Request, error: RefusedError) -> Response:
         del request
-        return errors.response(error.refused)
+        return RefusalResponse(error.refused)
+
+    @app.exception_handler(RaysmithError)
+    async def on_failure(request: Request, error: RaysmithError) -> Response:
+        _logger.error("%s failed: %s", call_of(request.scope).route, error.message)
+        return RefusalResponse(errors.REFUSED_FOR_NOW)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> Response:
         del request
-        return errors.response(errors.from_validation(error.errors()))
+        return RefusalResponse(errors.from_validation(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
         status = HTTPStatus(error.status_code)
-        message = f"{request.method} {request.url.path}: {error.detail}."
-        answer = errors.response(Refused(status, message))
+        path = errors.shorten(request.url.path)
+        answer = RefusalResponse(Refused(status, f"{request.method} {path}: {error.detail}."))
         answer.headers.update(error.headers or {})  # 405 has to say which methods there are.
         return answer
-
-    @app.exception_handler(Exception)
-    async def on_bug(request: Request, error: Exception) -> Response:
-        _logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return errors.response(REFUSED_INTERNALLY)

@@ -1,28 +1,36 @@
 """Errors in the OpenAI API's shape.
 
-Takes a refusal or an exception; gives a status and a JSON document. It does not know routes.
+Takes a refusal or what was wrong in a body; gives a JSON document. It does not know routes.
 """
 
+import re
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
-
-from starlette.responses import JSONResponse
 
 from serving.messages import Refused
 
 _TYPES = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
     HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
 }
 _MOST_NAMED = 8
 _MOST_CHARACTERS = 80
+_MOST_SENTENCE_CHARACTERS = 240
 # One sentence for fields of several forms, where a schema would list a problem for each form.
 _FORMS = {
     "prompt": "expected a string, a list of strings, a list of token ids or a list of such lists",
     "stop": "expected a string or a list of at most 4 strings, each of 1 to 256 characters",
     "content": "expected a string or a list of parts like {'type': 'text', 'text': '...'}",
+    "input": "expected a string, a list of strings, a list of token ids or a list of such lists",
+    "tool_choice": "expected 'none', 'auto', 'required' or {'type': 'function', 'function': "
+    "{'name': '...'}}",
+    "guided_json": "expected a JSON schema, as an object or as its text",
 }
+_PLACES = frozenset({"body", "header", "query", "path"})
+# What tells the forms of a union apart is no part of a field's name.
+_TAG = re.compile(r"system|developer|user|assistant|tool|text|json_object|json_schema|/v1/.*")
 
 
 class RefusedError(Exception):
@@ -45,16 +53,6 @@ def document(refused: Refused) -> dict[str, Any]:
             "code": refused.code,
         }
     }
-
-
-def response(refused: Refused) -> JSONResponse:
-    """Return the whole answer to a request that was refused."""
-    headers = {}
-    if refused.retry_after_s is not None:
-        headers["Retry-After"] = str(refused.retry_after_s)
-    if refused.status is HTTPStatus.UNAUTHORIZED:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(document(refused), int(refused.status), headers)
 
 
 def from_validation(problems: Sequence[Any]) -> Refused:
@@ -82,13 +80,14 @@ def shorten(value: object) -> str:
 
 
 def _describe(problem: Any) -> tuple[str, str]:
-    path = [part for part in problem["loc"] if part != "body"]
+    path = _field_path(problem["loc"])
     for at, part in enumerate(path):
         if part in _FORMS and problem["type"] != "missing":
             name = _join(path[: at + 1])
             return name, f"`{name}`: {_FORMS[part]}"
     name = _join(path)
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = _cut(message, _MOST_SENTENCE_CHARACTERS)  # It may quote what was sent.
     if problem["type"] == "extra_forbidden":
         return name, f"`{name}` is not a field of this request"
     if problem["type"] == "missing":
@@ -98,9 +97,34 @@ def _describe(problem: Any) -> tuple[str, str]:
     return name, f"`{name}` = {shorten(problem.get('input'))}: {message}"
 
 
+def _field_path(loc: Sequence[int | str]) -> list[int | str]:
+    parts: list[int | str] = []
+    is_after_tag = False
+    for part in loc:
+        before = parts[-1] if parts else None
+        is_at_union = before is None or isinstance(before, int) or before == "response_format"
+        is_tag = isinstance(part, str) and _TAG.fullmatch(part) is not None
+        if is_tag and is_at_union and not is_after_tag:
+            is_after_tag = True
+        elif part not in _PLACES:
+            parts.append(part)
+            is_after_tag = False
+    return parts
+
+
 def _join(path: Sequence[int | str]) -> str:
     return _cut(".".join(str(part) for part in path))
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}..."
+def _cut(text: str, most: int = _MOST_CHARACTERS) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+REFUSED_FOR_NOW = Refused(
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    "the server cannot take requests now. Try again in a moment.",
+    retry_after_s=1,
+)
+REFUSED_INTERNALLY = Refused(
+    HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed. The operator finds the reason in its log."
+)

@@ -1,33 +1,60 @@
-"""Answers in the OpenAI API's shapes: whole, or as chunks of a stream.
+"""What answers of every kind are made of: counts, choices, likelihoods, and a stream's frames.
 
-Takes deltas and counts; gives JSON documents. It does not know HTTP or where deltas come from.
+Takes deltas and counts; gives JSON. It does not know HTTP or where deltas come from. A stream has a
+frame for almost every token, so what frames share is encoded once, not once a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from serving.engines._protocol import Alternative, FinishReason, TokenLogprob
-from serving.messages import Delta
+from serving.messages import Delta, Event, Started
 
 Document = dict[str, Any]
+encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True)
+class Header:
+    """What every document of one answer begins with, and what it carries besides text."""
+
+    id: str
+    created_s: int
+    model: str
+    has_token_ids: bool = False
+    has_logprobs: bool = False
+    has_usage: bool = False
+
+    def base(self, prefix: str, kind: str) -> Document:
+        """Return the first fields of a document."""
+        return {
+            "id": f"{prefix}-{self.id}",
+            "object": kind,
+            "created": self.created_s,
+            "model": self.model,
+        }
+
+    def has_news(self, delta: Delta) -> bool:
+        """Return whether a delta is worth a frame; text may lag behind tokens."""
+        return bool(delta.text or delta.finish_reason or delta.logprobs or self.has_token_ids)
 
 
 @dataclass
 class Choice:
     """One choice as it grows."""
 
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
-    def add(self, delta: Delta) -> None:
-        """Append what was generated."""
-        self.text += delta.text
-        self.token_ids.extend(delta.token_ids)
-        self.finish_reason = delta.finish_reason
-        self.logprobs.extend(delta.logprobs)
+    @property
+    def text(self) -> str:
+        """Everything so far."""
+        return "".join(self.pieces)
 
 
 @dataclass(frozen=True)
@@ -36,6 +63,7 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     def document(self) -> Document:
         """Return the counts and their sum."""
@@ -43,18 +71,24 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 
-@dataclass(frozen=True)
-class Header:
-    """What every document of one answer begins with."""
+class Frames(Protocol):
+    """One stream's frames, in order."""
 
-    id: str
-    created_s: int
-    model: str
-    has_token_ids: bool
-    has_logprobs: bool
+    def opening(self) -> bytes:
+        """Return what comes before the first token."""
+        ...
+
+    def piece(self, delta: Delta) -> bytes:
+        """Return the frames for what was added to a choice; nothing if nothing is to be said."""
+        ...
+
+    def usage(self, usage: Usage) -> bytes:
+        """Return the frame of token counts."""
+        ...
 
 
 class Rendering(Protocol):
@@ -64,141 +98,71 @@ class Rendering(Protocol):
         """Return the answer to a request without a stream."""
         ...
 
-    def opening(self, header: Header, num_choices: int) -> list[Document]:
-        """Return the chunks that a stream begins with."""
-        ...
-
-    def chunk(self, header: Header, delta: Delta, text_offset: int) -> Document:
-        """Return the chunk for one delta; `text_offset` characters of tokens came before it."""
-        ...
-
-    def usage(self, header: Header, usage: Usage) -> Document:
-        """Return the last chunk of a stream that asked for token counts."""
+    def frames(self, header: Header, num_choices: int) -> Frames:
+        """Return what renders a stream."""
         ...
 
 
-class CompletionRendering:
-    """`text_completion` documents."""
+class Tally:
+    """Adds up the events of one answer; a stream keeps counts only."""
 
-    def whole(self, header: Header, choices: Sequence[Choice], usage: Usage) -> Document:
-        """Return the answer to a request without a stream."""
-        rendered = [
-            self._choice(header, index, c.text, c.token_ids, c.finish_reason, c.logprobs, 0)
-            for index, c in enumerate(choices)
-        ]
-        return {**self._base(header), "choices": rendered, "usage": usage.document()}
+    def __init__(self, num_choices: int, num_per_prompt: int = 1, *, is_kept: bool = True) -> None:
+        self.choices = [Choice() for _ in range(num_choices)]
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.generated_tokens = 0
+        self.has_started = False
+        self._num_per_prompt = num_per_prompt
+        self._is_kept = is_kept
+        self._num_open = num_choices
 
-    def opening(self, header: Header, num_choices: int) -> list[Document]:
-        """Return nothing: a completion's stream begins with its text."""
-        del header, num_choices
-        return []
+    def start(self, event: Started) -> None:
+        """Count the prompts."""
+        self.has_started = True
+        self.prompt_tokens += event.prompt_tokens
 
-    def chunk(self, header: Header, delta: Delta, text_offset: int) -> Document:
-        """Return the chunk for one delta."""
-        choice = self._choice(
-            header,
-            delta.choice,
-            delta.text,
-            delta.token_ids,
-            delta.finish_reason,
-            delta.logprobs,
-            text_offset,
-        )
-        return {**self._base(header), "choices": [choice]}
+    def add(self, delta: Delta) -> None:
+        """Append what was generated."""
+        choice = self.choices[delta.choice]
+        if self._is_kept:
+            choice.pieces.append(delta.text)
+            choice.token_ids.extend(delta.token_ids)
+            choice.logprobs.extend(delta.logprobs)
+        self.generated_tokens += len(delta.token_ids)
+        if delta.choice % self._num_per_prompt == 0:  # A prompt is counted once, not once a choice.
+            self.cached_tokens += delta.cached_tokens
+        if delta.finish_reason is not None and choice.finish_reason is None:
+            choice.finish_reason = delta.finish_reason
+            self._num_open -= 1
 
-    def usage(self, header: Header, usage: Usage) -> Document:
-        """Return the chunk of token counts."""
-        return {**self._base(header), "choices": [], "usage": usage.document()}
+    @property
+    def is_complete(self) -> bool:
+        """Whether every choice has ended."""
+        return self._num_open == 0
 
-    def _base(self, header: Header) -> Document:
-        return {
-            "id": f"cmpl-{header.id}",
-            "object": "text_completion",
-            "created": header.created_s,
-            "model": header.model,
-        }
-
-    def _choice(
-        self,
-        header: Header,
-        index: int,
-        text: str,
-        token_ids: Sequence[int],
-        finish_reason: FinishReason | None,
-        logprobs: Sequence[TokenLogprob],
-        text_offset: int,
-    ) -> Document:
-        choice: Document = {
-            "index": index,
-            "text": text,
-            "finish_reason": finish_reason,
-            "logprobs": _completion_logprobs(logprobs, text_offset)
-            if header.has_logprobs
-            else None,
-        }
-        if header.has_token_ids:
-            choice["token_ids"] = list(token_ids)
-        return choice
+    def usage(self) -> Usage:
+        """Return the counts so far."""
+        return Usage(self.prompt_tokens, self.generated_tokens, self.cached_tokens)
 
 
-class ChatRendering:
-    """`chat.completion` and `chat.completion.chunk` documents."""
-
-    def whole(self, header: Header, choices: Sequence[Choice], usage: Usage) -> Document:
-        """Return the answer to a request without a stream."""
-        rendered = []
-        for index, choice in enumerate(choices):
-            message = {"role": "assistant", "content": choice.text, "refusal": None}
-            rendered.append(
-                {
-                    "index": index,
-                    "message": message,
-                    "finish_reason": choice.finish_reason,
-                    **_chat_extras(header, choice.logprobs, choice.token_ids),
-                }
-            )
-        base = self._base(header, "chat.completion")
-        return {**base, "choices": rendered, "usage": usage.document()}
-
-    def opening(self, header: Header, num_choices: int) -> list[Document]:
-        """Return a chunk a choice that says who speaks."""
-        delta = {"role": "assistant", "content": ""}
-        return [self._chunk(header, index, delta, None) for index in range(num_choices)]
-
-    def chunk(self, header: Header, delta: Delta, text_offset: int) -> Document:
-        """Return the chunk for one delta."""
-        del text_offset
-        content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
-        document = self._chunk(header, delta.choice, content, delta.finish_reason)
-        document["choices"][0].update(_chat_extras(header, delta.logprobs, delta.token_ids))
-        return document
-
-    def usage(self, header: Header, usage: Usage) -> Document:
-        """Return the chunk of token counts."""
-        base = self._base(header, "chat.completion.chunk")
-        return {**base, "choices": [], "usage": usage.document()}
-
-    def _base(self, header: Header, kind: str) -> Document:
-        return {
-            "id": f"chatcmpl-{header.id}",
-            "object": kind,
-            "created": header.created_s,
-            "model": header.model,
-        }
-
-    def _chunk(
-        self, header: Header, index: int, delta: Document, finish_reason: FinishReason | None
-    ) -> Document:
-        choice = {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        return {**self._base(header, "chat.completion.chunk"), "choices": [choice]}
+def merged(batch: Iterable[Event]) -> list[Delta]:
+    """Return one delta a choice, in the order of their first ones: a late reader gets one frame."""
+    found: dict[int, Delta] = {}
+    for event in batch:
+        if not isinstance(event, Delta):
+            continue
+        before = found.get(event.choice)
+        found[event.choice] = event if before is None else _joined(before, event)
+    return list(found.values())
 
 
-def tokens_length(logprobs: Sequence[TokenLogprob]) -> int:
-    """Return how many characters the texts of these tokens have."""
-    return sum(len(token.text) for token in logprobs)
+def frame(document: Document) -> bytes:
+    """Return a server-sent event with a document."""
+    return b"data: " + encode(document) + b"\n\n"
 
 
-def _completion_logprobs(logprobs: Sequence[TokenLogprob], text_offset: int) -> Document:
+def completion_logprobs(logprobs: Sequence[TokenLogprob], text_offset: int) -> Document:
+    """Return likelihoods as `/v1/completions` has them."""
     offsets = []
     for token in logprobs:
         offsets.append(text_offset)
@@ -215,9 +179,10 @@ def _completion_logprobs(logprobs: Sequence[TokenLogprob], text_offset: int) -> 
     }
 
 
-def _chat_extras(
+def chat_extras(
     header: Header, logprobs: Sequence[TokenLogprob], token_ids: Sequence[int]
 ) -> Document:
+    """Return likelihoods and token ids as `/v1/chat/completions` has them."""
     extras: Document = {"logprobs": None}
     if header.has_logprobs:
         content = [
@@ -236,3 +201,14 @@ def _chat_token(token: Alternative) -> Document:
         "logprob": token.logprob,
         "bytes": list(token.text.encode("utf-8", "replace")),
     }
+
+
+def _joined(first: Delta, second: Delta) -> Delta:
+    return Delta(
+        first.choice,
+        first.text + second.text,
+        first.token_ids + second.token_ids,
+        second.finish_reason,
+        first.logprobs + second.logprobs,
+        first.cached_tokens + second.cached_tokens,
+    )

@@ -1,4 +1,4 @@
-"""What every model family in jobs/models must offer."""
+"""What every model family in jobs/models must offer, and what those that generate must."""
 
 import inspect
 from pathlib import Path
@@ -10,15 +10,25 @@ import torch
 import jobs.models
 from cluster.errors import ConfigError, ModelFormatError
 from jobs.config import DecoderConfig
+from jobs.models.encoder import EncoderConfig
 from jobs.plugins import load_plugin, plugin_names
 
 NAMES = plugin_names(jobs.models)
+ENCODER = EncoderConfig(
+    vocab_size=53, hidden_size=32, intermediate_size=40, num_layers=2, num_heads=4
+)
 SHAPES = ("llama", "qwen2", "qwen3", "mistral")
 
 
 @pytest.fixture(params=NAMES)
-def family(request: pytest.FixtureRequest) -> ModuleType:
+def any_family(request: pytest.FixtureRequest) -> ModuleType:
     return load_plugin(jobs.models, request.param, what="model family")
+
+
+@pytest.fixture
+def family() -> ModuleType:
+    """The family that generates."""
+    return load_plugin(jobs.models, "decoder", what="model family")
 
 
 @pytest.fixture(params=SHAPES)
@@ -34,8 +44,8 @@ def config(request: pytest.FixtureRequest) -> DecoderConfig:
     )
 
 
-def test_families_when_listed_include_the_decoder() -> None:
-    assert "decoder" in NAMES
+def test_families_when_listed_are_the_ones_tested_here() -> None:
+    assert NAMES == ["decoder", "encoder"]
 
 
 def test_family_when_name_is_wrong_lists_the_right_ones() -> None:
@@ -43,10 +53,10 @@ def test_family_when_name_is_wrong_lists_the_right_ones() -> None:
         load_plugin(jobs.models, "decodr", what="model family")
 
 
-def test_family_when_imported_offers_documented_functions(family: ModuleType) -> None:
+def test_family_when_imported_offers_documented_functions(any_family: ModuleType) -> None:
     for name in ("build", "load", "save", "linear_names"):
-        assert inspect.getdoc(getattr(family, name)), name
-    assert inspect.getdoc(family)
+        assert inspect.getdoc(getattr(any_family, name)), name
+    assert inspect.getdoc(any_family)
 
 
 def test_family_when_saved_and_loaded_gives_equal_logits(
@@ -64,10 +74,12 @@ def test_family_when_saved_and_loaded_gives_equal_logits(
 
 
 def test_family_when_asked_for_linear_layers_names_modules_of_the_model(
-    family: ModuleType, config: DecoderConfig
+    any_family: ModuleType,
 ) -> None:
-    model = family.build(config, seed=0)
-    names = family.linear_names(model)
+    is_encoder = any_family.__name__ == "jobs.models.encoder"
+    config = ENCODER if is_encoder else DecoderConfig(vocab_size=53, hidden_size=32, num_heads=4)
+    model = any_family.build(config, seed=0)
+    names = any_family.linear_names(model)
     assert names
     assert all(isinstance(model.get_submodule(name), torch.nn.Linear) for name in names)
 
@@ -106,7 +118,20 @@ def test_family_when_later_tokens_change_keeps_earlier_logits(
 
 
 def test_family_when_directory_is_no_model_raises_a_format_error(
-    family: ModuleType, tmp_path: Path
+    any_family: ModuleType, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelFormatError):
-        family.load(tmp_path)
+        any_family.load(tmp_path)
+
+
+def test_encoder_when_saved_and_loaded_gives_equal_vectors(tmp_path: Path) -> None:
+    family = load_plugin(jobs.models, "encoder", what="model family")
+    model = family.build(ENCODER, seed=0)
+    inputs = [[3, 4, 5], [6]]
+    family.save(model, tmp_path, dtype=torch.float32)
+    loaded = family.load(tmp_path)
+    assert loaded.config == ENCODER
+    vectors = loaded(inputs)
+    assert vectors.shape == (2, ENCODER.hidden_size)
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2))
+    assert torch.equal(vectors, model(inputs))

@@ -15,6 +15,7 @@ RECIPE = str(ROOT / "deploy/recipes/stdlib-tiny.yaml")
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RAYSMITH_STATE", str(tmp_path / "state"))
     monkeypatch.setenv("RAYSMITH_HOME", str(tmp_path))
+    monkeypatch.delenv("RAYSMITH_LEDGER", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return tmp_path
 
@@ -63,7 +64,6 @@ def test_command_when_input_is_wrong_names_it_and_the_remedy(
         ["plan", "--config", RECIPE, "--set", "max_stepz=3"],
         ["plan", "--config", RECIPE, "--set", "model.decoder.num_layers=100000"],
         ["plan", "--bogus"],
-        ["keys", "new", "no/slash"],
         ["submit", "trane"],
         ["up", "--num-cpus", "0"],
         ["models", "promote", "tiny"],
@@ -76,15 +76,6 @@ def test_command_when_input_is_wrong_exits_with_2(arguments: list[str]):
 def test_status_when_nothing_runs_says_how_to_start(capsys):
     assert raysmith.main(["status"]) == 0
     assert "raysmith up" in capsys.readouterr().out
-
-
-def test_keys_new_shows_the_key_once_and_keeps_its_digest_only(state: Path, capsys):
-    assert raysmith.main(["keys", "new", "me"]) == 0
-    key = capsys.readouterr().out.strip()
-    file = state / "runs/api-keys"
-    assert key not in file.read_text(encoding="utf-8")
-    assert file.stat().st_mode & 0o077 == 0
-    assert raysmith.main(["keys", "new", "me"]) == 2
 
 
 def test_models_list_when_the_registry_is_empty_prints_no_model(capsys):

@@ -241,3 +241,31 @@ def test_compile_when_applied_to_each_block_makes_one_graph_for_all() -> None:
         block.compile(backend="aot_eager")
     torch.testing.assert_close(model(tokens(2, 16)), expected, atol=1e-5, rtol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+class Doubling:
+    """Adapters that add every layer's output to itself, and remember which were asked."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+
+    def add(self, layer_name: str, x_TC: torch.Tensor, y_TO: torch.Tensor) -> None:
+        self.shapes[layer_name] = (x_TC.shape, y_TO.shape)
+        y_TO.add_(y_TO.clone())
+
+
+def test_hidden_when_adapters_are_given_adds_them_to_every_linear_layer() -> None:
+    config = DecoderConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2
+    )
+    model = decoder.build(config, seed=0).eval()
+    tokens_BT = torch.arange(10).view(2, 5)
+    adapters = Doubling()
+    with torch.no_grad():
+        found = model.hidden(tokens_BT, adapters=adapters)
+        for name in decoder.linear_names(model):
+            model.get_submodule(name).weight.mul_(2)
+        expected = model.hidden(tokens_BT)
+    assert set(adapters.shapes) == set(decoder.linear_names(model))
+    assert adapters.shapes["model.layers.1.mlp.down_proj"] == ((10, 24), (10, 16))
+    torch.testing.assert_close(found, expected)

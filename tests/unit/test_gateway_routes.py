@@ -1,21 +1,22 @@
-import asyncio
 from http import HTTPStatus
 
 import pytest
 from gateway_fakes import MODEL, FakeBackend, Gateway, hello, stream_documents
 
+from cluster.errors import StorageError
 from serving.engines._protocol import FinishReason
 from serving.messages import Delta, Refused, Started
 
 
 @pytest.fixture
-def gateway(tmp_path):
-    return Gateway(tmp_path, FakeBackend(*hello()))
+def gateway():
+    return Gateway(FakeBackend(*hello()))
 
 
 def test_models_when_asked_lists_what_is_served(gateway):
-    model = gateway.call("GET", "/v1/models").json()["data"][0]
+    encoder, model = gateway.call("GET", "/v1/models").json()["data"]
     assert (model["id"], model["root"], model["created"]) == ("tiny", "tiny@3", MODEL.published_s)
+    assert (encoder["id"], encoder["task"]) == ("mini", "embed")
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny@3"])
@@ -37,7 +38,12 @@ def test_completion_when_answered_has_text_and_counts(gateway):
     assert answer["choices"] == [
         {"index": 0, "text": "Hello", "finish_reason": "length", "logprobs": None}
     ]
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6}
+    assert answer["usage"] == {
+        "prompt_tokens": 4,
+        "completion_tokens": 2,
+        "total_tokens": 6,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_completion_when_token_ids_are_asked_for_has_them(gateway):
@@ -68,7 +74,7 @@ def test_completion_when_there_are_several_choices_keeps_them_apart(tmp_path):
         Delta(0, "a", (1,), FinishReason.STOP),
         Delta(1, "c", (3,), FinishReason.LENGTH),
     ]
-    choices = Gateway(tmp_path, FakeBackend(batch)).complete(n=2).json()["choices"]
+    choices = Gateway(FakeBackend(batch)).complete(n=2).json()["choices"]
     assert [(c["index"], c["text"]) for c in choices] == [(0, "a"), (1, "bc")]
 
 
@@ -102,51 +108,27 @@ REFUSED = Refused(HTTPStatus.BAD_REQUEST, "too long", "context_length_exceeded",
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_completion_when_refused_before_it_starts_has_the_status(tmp_path, stream):
-    response = Gateway(tmp_path, FakeBackend([REFUSED])).complete(stream=stream)
+    response = Gateway(FakeBackend([REFUSED])).complete(stream=stream)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_stream_when_refused_on_the_way_says_so_and_ends(tmp_path):
     lost = Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the replica failed")
-    gateway = Gateway(tmp_path, FakeBackend([Started(1), Delta(0, "a", (1,))], [lost]))
+    gateway = Gateway(FakeBackend([Started(1), Delta(0, "a", (1,))], [lost]))
     documents = stream_documents(gateway.complete(stream=True))
     assert documents[-1]["error"]["message"] == "the replica failed"
 
 
 def test_completion_when_backend_has_a_bug_hides_the_reason(tmp_path):
-    gateway = Gateway(tmp_path, FakeBackend([Delta(99, "secret", (1,))]))
+    gateway = Gateway(FakeBackend([Delta(99, "secret", (1,))]))
     response = gateway.complete()
     assert response.status_code == 500
     assert "secret" not in response.text
+    assert "Traceback" not in response.text
     assert 'raysmith_requests_total{route="/v1/completions",status="500"} 1.0' in (
         gateway.call("GET", "/metrics").text
     )
-
-
-@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic x"])
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/nothing", "/openapi.json"])
-def test_call_when_key_is_missing_or_wrong_is_refused(gateway, path, header):
-    async def call():
-        async with gateway.client() as client:
-            del client.headers["Authorization"]
-            headers = {} if header is None else {"Authorization": header}
-            return await client.post(path, headers=headers, content=b"{")
-
-    response = asyncio.run(call())
-    assert response.status_code == 401
-    assert response.json()["error"]["code"] == "invalid_api_key"
-    assert response.headers["WWW-Authenticate"] == "Bearer"
-
-
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
-def test_operation_route_when_called_without_key_answers(gateway, path):
-    async def call():
-        async with gateway.client() as client:
-            del client.headers["Authorization"]
-            return await client.get(path)
-
-    assert asyncio.run(call()).status_code == 200
 
 
 def test_readyz_when_a_replica_is_not_ready_is_503(gateway):
@@ -155,10 +137,11 @@ def test_readyz_when_a_replica_is_not_ready_is_503(gateway):
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
 
 
-def test_call_when_keys_became_unreadable_is_503(gateway):
-    gateway.keys_path.chmod(0o644)
-    gateway.keys_path.write_text("damaged")
-    assert gateway.call("GET", "/v1/models").status_code == 503
+def test_call_when_accounts_fail_is_503_without_the_reason(gateway):
+    gateway.accounts.failure = StorageError("the disk of /secret is full")
+    response = gateway.call("GET", "/v1/models")
+    assert response.status_code == 503
+    assert "secret" not in response.text
 
 
 @pytest.mark.parametrize(
@@ -172,91 +155,10 @@ def test_call_when_route_is_wrong_has_the_openai_shape(gateway, method, path, st
 
 
 def test_post_when_body_is_too_large_is_413(tmp_path):
-    gateway = Gateway(tmp_path, FakeBackend(*hello()), max_body_bytes=100)
+    gateway = Gateway(FakeBackend(*hello()), max_body_bytes=100)
     response = gateway.complete(prompt="x" * 100)
     assert response.status_code == 413
     assert gateway.backend.asked == []
-
-
-@pytest.mark.parametrize("name", ["X-Request-Disconnect-Disabled", "x-request-timeout-seconds"])
-def test_call_when_header_steers_ray_serve_is_refused(gateway, name):
-    response = gateway.call("GET", "/v1/models", headers={name: "1"})
-    assert response.status_code == 400
-    assert name.lower() in response.json()["error"]["message"]
-
-
-def test_completion_when_server_is_full_is_429_at_once_and_later_answered(tmp_path):
-    gateway = Gateway(tmp_path, FakeBackend(*hello()), max_accepted_choices=3)
-    body = {"model": "tiny", "prompt": "x", "n": 2}
-
-    async def scenario():
-        gateway.backend.release = asyncio.Event()
-        async with gateway.client() as client:
-            first = asyncio.create_task(client.post("/v1/completions", json=body))
-            await gateway.backend.was_asked.wait()
-            refused = await client.post("/v1/completions", json=body)
-            gateway.backend.release.set()
-            return await first, refused, await client.post("/v1/completions", json=body)
-
-    first, refused, later = asyncio.run(scenario())
-    assert [r.status_code for r in (first, refused, later)] == [200, 429, 200]
-    assert refused.headers["Retry-After"] == "1"
-    assert refused.json()["error"]["type"] == "rate_limit_error"
-    assert all(events.is_closed for events in gateway.backend.started)
-
-
-def test_completion_when_it_can_never_fit_is_400(tmp_path):
-    response = Gateway(tmp_path, FakeBackend(*hello()), max_accepted_choices=3).complete(n=4)
-    assert response.status_code == 400
-    assert "at most 3" in response.json()["error"]["message"]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_completion_when_client_leaves_closes_the_events_and_frees_its_place(tmp_path, stream):
-    gateway = Gateway(tmp_path, FakeBackend(*hello()[:1]))
-    flag = "true" if stream else "false"
-    body = f'{{"model": "tiny", "prompt": "x", "stream": {flag}}}'.encode()
-
-    async def scenario():
-        gateway.backend.release = asyncio.Event()
-        left = asyncio.Event()
-        messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive():
-            if messages:
-                return messages.pop()
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message):
-            del message
-
-        call = asyncio.create_task(gateway.app(scope(gateway.key), receive, send))
-        await gateway.backend.was_asked.wait()
-        left.set()
-        await call
-
-    asyncio.run(scenario())
-    assert gateway.backend.started[0].is_closed
-    assert "raysmith_accepted_choices 0.0" in gateway.call("GET", "/metrics").text
-
-
-def scope(key: str) -> dict:
-    return {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": "/v1/completions",
-        "raw_path": b"/v1/completions",
-        "query_string": b"",
-        "root_path": "",
-        "headers": [
-            (b"authorization", f"Bearer {key}".encode()),
-            (b"content-type", b"application/json"),
-        ],
-    }
 
 
 def test_metrics_when_requests_were_answered_counts_them(gateway):
@@ -265,6 +167,10 @@ def test_metrics_when_requests_were_answered_counts_them(gateway):
     page = gateway.call("GET", "/metrics").text
     assert 'raysmith_requests_total{route="/v1/completions",status="200"} 1.0' in page
     assert 'raysmith_requests_total{route="/v1/completions",status="400"} 1.0' in page
-    assert 'raysmith_tokens_total{kind="prompt",model="tiny"} 4.0' in page
-    assert 'raysmith_tokens_total{kind="generated",model="tiny"} 2.0' in page
-    assert 'raysmith_first_token_seconds_count{model="tiny"} 1.0' in page
+    served = 'model="tiny",team="alice",version="3"'
+    assert f'raysmith_tokens_total{{kind="prompt",{served}}} 4.0' in page
+    assert f'raysmith_tokens_total{{kind="generated",{served}}} 2.0' in page
+    assert f"raysmith_first_token_seconds_count{{{served}}} 1.0" in page
+    assert f"raysmith_between_tokens_seconds_count{{{served}}} 1.0" in page
+    refusals = 'raysmith_refusals_total{reason="Bad Request",status="400",team="alice"} 1.0'
+    assert refusals in page

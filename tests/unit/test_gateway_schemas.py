@@ -1,12 +1,20 @@
 import pytest
-from gateway_fakes import FakeBackend, Gateway, hello
+from gateway_fakes import Gateway
 
 from serving.messages import ChatPrompt, Sampling, TextPrompt, TokenPrompt, Turn
 
 
 @pytest.fixture
-def gateway(tmp_path):
-    return Gateway(tmp_path, FakeBackend(*hello()))
+def gateway():
+    return Gateway()
+
+
+def tool(name):
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+
+
+def named(name):
+    return {"type": "function", "function": {"name": name}}
 
 
 def asked(gateway):
@@ -39,7 +47,9 @@ def test_completion_when_all_fields_are_given_passes_them_on(gateway):
     gateway.complete(
         max_tokens=3, temperature=0, top_p=0.5, top_k=7, n=2, seed=-5, stop="\n", logprobs=5
     )
-    assert asked(gateway).sampling == Sampling(3, 0.0, 0.5, 7, -5, ("\n",), 5)
+    assert asked(gateway).sampling == Sampling(
+        max_tokens=3, temperature=0.0, top_p=0.5, top_k=7, seed=-5, stop=("\n",), num_logprobs=5
+    )
     assert asked(gateway).num_choices == 2
 
 
@@ -142,8 +152,7 @@ def test_completion_when_a_field_is_wrong_names_it(gateway, fields, param, words
         ({"best_of": 3}, "`best_of` = 3"),
         ({"echo": True}, "`echo` = True"),
         ({"suffix": "x"}, "`suffix` = 'x'"),
-        ({"logit_bias": {"5": 1}}, "`logit_bias`"),
-        ({"presence_penalty": 1, "frequency_penalty": 1}, "`frequency_penalty` = 1"),
+        ({"echo": True, "best_of": 2}, "`best_of` = 2, `echo` = True"),
         ({"stream_options": {"include_usage": True}}, "only allowed with `stream`"),
         ({"prompt": ["x"] * 9, "n": 8}, "72 choices; at most 64"),
     ],
@@ -159,13 +168,27 @@ def test_completion_when_it_asks_for_what_is_not_offered_says_so(gateway, fields
     [
         ({"messages": []}, "at least 1 item"),
         ({"messages": "hi"}, "`messages`"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "`messages.0.role`"),
+        ({"messages": [{"role": "clown", "content": "x"}]}, "'clown'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "`messages.0.tool_call_id` is req"),
+        ({"messages": [{"role": "assistant"}]}, "needs `content` or `tool_calls`"),
         ({"messages": [{"role": "user"}]}, "`messages.0.content` is required"),
         ({"messages": [{"role": "user", "content": None}]}, "`messages.0.content`: expected"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "parts like"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "`tool_calls`"),
-        ({"tools": [{"type": "function"}]}, "not supported by this server: `tools`"),
-        ({"response_format": {"type": "json_object"}}, "`response_format`"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "tool_calls.0`"),
+        ({"tools": [{"type": "function"}]}, "`tools.0.function` is required"),
+        ({"tools": [tool("a b")]}, "`tools.0.function.name`"),
+        ({"tool_choice": "required"}, "`tools` does not have"),
+        ({"tools": [tool("f")], "tool_choice": named("g")}, "`tools` does not have"),
+        ({"tool_choice": "sometimes"}, "`tool_choice`: expected 'none'"),
+        ({"response_format": {"type": "xml"}}, "`response_format`"),
+        ({"response_format": {"type": "json_schema"}}, "`response_format.json_schema` is req"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "at most one of"),
+        ({"structured_outputs": {}}, "exactly one of"),
+        ({"guided_json": "{"}, "valid JSON"),
+        ({"guided_json": {"a": "x" * 100_001}}, "at most 100000"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "less than or equal to 100"),
+        ({"timeout_s": 0}, "greater than 0"),
         ({"top_logprobs": 3}, "only allowed with `logprobs`"),
         ({"logprobs": True, "top_logprobs": 21}, "less than or equal to 20"),
         ({"max_tokens": 3, "max_completion_tokens": 3}, "not both"),

@@ -42,8 +42,8 @@ def test_decode_latency_when_measured_counts_weights_and_cache(model: Decoder) -
     found = decode_latency(model, batch=2, context=8, tokens=4, repeats=1)
     parameters = {p.data_ptr(): p.nbytes for p in model.parameters()}
     assert sum(parameters.values()) <= found.weight_bytes <= sum(parameters.values()) + 1024
-    # 2 layers, keys and values, 2 slots, 12 positions, 1 head of 16 float32
-    assert found.cache_bytes == 2 * 2 * 2 * 12 * 16 * 4
+    # 2 layers, keys and values, 2 sequences, a block of 16 tokens, 1 head of 16 float32
+    assert found.cache_bytes == 2 * 2 * 2 * 16 * 16 * 4
     assert found.p50_ms > 0
 
 

@@ -20,12 +20,15 @@ from jobs.models.decoder import build, save
 SHAPES = ("llama", "qwen2", "qwen3", "mistral")
 INT8 = Step(method="rtn", options={"scheme": "w8a8"})
 INT4 = Step(method="rtn", options={"scheme": "w4a16", "group_size": 32})
+INT4_INT8 = Step(method="rtn", options={"scheme": "w4a8", "group_size": 32})
 MIXED = (INT4, INT8.replace(targets=("*.mlp.down_proj",)))
 RECIPES = {
     "int8": Recipe(steps=(INT8,)),
     "int4": Recipe(steps=(INT4,)),
     "mixed": Recipe(steps=MIXED),
     "partly": Recipe(steps=(INT8.replace(targets=("*layers.0*",)),)),
+    "int4 weights, int8 inputs": Recipe(steps=(INT4_INT8,)),
+    "head": Recipe(steps=(INT4_INT8, INT8.replace(targets=("lm_head",)))),
     "dense": Recipe(),
 }
 
@@ -91,7 +94,7 @@ def test_model_when_saved_loads_with_the_same_logits(
     compressed = write(tmp_path, RECIPES[recipe], config_of(shape))
     loaded = load_model(tmp_path, verify=False)
     # W8A8 also rounds activations, which the fake-quantized model does not; W4A16 to bfloat16.
-    limit = {"dense": 0.0, "int4": 0.01}.get(recipe, 0.04)
+    limit = {"dense": 1e-5, "int4": 0.01}.get(recipe, 0.04)
     difference = relative_difference(loaded.model(some_tokens()), compressed.model(some_tokens()))
     assert difference <= limit
     assert loaded.config == compressed.model.config
@@ -110,7 +113,7 @@ def test_model_when_saved_loads_unmodified_in_transformers(
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     expected = theirs(some_tokens()).logits
     found = load_model(tmp_path, verify=False).model(some_tokens())
-    limit = {"dense": 1e-5, "int4": 0.01}.get(recipe, 0.03)
+    limit = {"dense": 1e-5, "int4": 0.01}.get(recipe, 0.04)
     assert relative_difference(found, expected) <= limit
 
 
@@ -143,7 +146,8 @@ def test_model_when_loaded_holds_no_dense_copy(tmp_path: Path) -> None:
     write(tmp_path, Recipe(steps=(step,)), config)
     loaded = load_model(tmp_path, verify=False)
     num_linear = 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512)
-    rest_bytes = 4 * (61 * 256 + 5 * 256)
+    head_bytes = 2 * 64 * 256  # a copy of the embedding in the form that products read
+    rest_bytes = 4 * (61 * 256 + 5 * 256) + head_bytes
     assert loaded.weight_bytes <= num_linear * 4.5 / 8 + rest_bytes
 
 
@@ -196,7 +200,7 @@ def test_config_when_a_preset_names_the_scheme_is_understood(tmp_path: Path) -> 
         (["quant_method"], "gptq", "`gptq` is not supported"),
         (["kv_cache_scheme"], {"num_bits": 8}, "kv_cache_scheme"),
         (["quantization_status"], "frozen", "quantization_status `frozen`"),
-        (["config_groups"], {"W4A8": ["Linear"]}, "scheme `W4A8` is not supported"),
+        (["config_groups"], {"FP8": ["Linear"]}, "scheme `FP8` is not supported"),
         (["config_groups", "group_0", "weights", "num_bits"], 3, "3-bit weights by channel"),
         (["config_groups", "group_0", "weights", "type"], "float", "type='float'"),
         (["config_groups", "group_0", "weights", "symmetric"], False, "symmetric=False"),

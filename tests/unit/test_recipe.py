@@ -86,7 +86,7 @@ def test_recipe_when_target_matches_nothing_lists_close_names() -> None:
         predicted_bytes(CONFIG, recipe)
 
 
-@pytest.mark.parametrize("target", ["lm_head", "model.embed_tokens", "model.layers.2.*"])
+@pytest.mark.parametrize("target", ["lm_hea*", "model.embed_tokens", "model.layers.2.*"])
 def test_recipe_when_target_is_no_linear_layer_of_a_block_is_refused(target: str) -> None:
     with pytest.raises(RecipeError, match="matches no linear layer"):
         layouts(CONFIG, Recipe(steps=(quantize("w8a8", target),)))
@@ -123,6 +123,21 @@ def test_layouts_when_recipe_is_mixed_name_every_linear_layer() -> None:
     assert list(chosen) == linear_names(build(CONFIG, seed=0))
     assert chosen["model.layers.0.mlp.up_proj"] == Layout("w4a16", 32)
     assert chosen["model.layers.1.mlp.up_proj"] == Layout("bf16")
+
+
+def test_recipe_when_it_names_the_tied_head_gives_it_a_weight_of_its_own() -> None:
+    model = build(CONFIG, seed=0)
+    embedding = model.model.embed_tokens.weight.detach().clone()
+    compressed = apply_recipe(model, Recipe(steps=(quantize("w8a8", "*", "lm_head"),)))
+    assert not compressed.model.config.tie_embeddings
+    assert compressed.scheme_of("lm_head") == "w8a8"
+    assert torch.equal(weight_of(compressed.model, "model.embed_tokens"), embedding)
+    assert not torch.equal(weight_of(compressed.model, "lm_head"), embedding)
+
+
+def test_layouts_when_a_pattern_reaches_everything_leave_the_head_out() -> None:
+    assert "lm_head" not in layouts(CONFIG, Recipe(steps=(quantize("w8a8", "*"),)))
+    assert layouts(CONFIG, Recipe(steps=(quantize("w8a8", "lm_head"),)))["lm_head"].scheme == "w8a8"
 
 
 def test_mse_observer_when_weights_have_outliers_errs_less_than_minmax() -> None:

@@ -12,6 +12,7 @@ from serving.engines._protocol import Chunk
 from serving.messages import (
     ChatPrompt,
     Delta,
+    EmbeddingRequest,
     InferenceRequest,
     Refused,
     Sampling,
@@ -55,7 +56,7 @@ def chunk(text: str) -> Chunk:
 
 def collect(*streams):
     async def run():
-        return [item async for batch in merge(streams) for item in batch]
+        return [item async for batch in merge(dict(enumerate(streams))) for item in batch]
 
     return asyncio.run(run())
 
@@ -68,7 +69,7 @@ def test_merge_when_streams_end_keeps_the_order_of_each():
 
 def test_merge_when_reader_is_slow_gives_several_at_once():
     async def run():
-        return [len(batch) async for batch in merge([Stream(*map(chunk, "abcd"))])]
+        return [len(batch) async for batch in merge({0: Stream(*map(chunk, "abcd")), 1: Stream()})]
 
     assert asyncio.run(run()) == [4]
 
@@ -84,7 +85,7 @@ def test_merge_when_closed_early_cancels_all():
     streams = [Stream(chunk("a"), None), Stream(None)]
 
     async def run():
-        batches = merge(streams)
+        batches = merge(dict(enumerate(streams)))
         await anext(batches)
         await batches.aclose()
 
@@ -153,6 +154,14 @@ def replica(directory):
     replica.close()
 
 
+class Failing:
+    """An engine that lives while every sequence of it fails."""
+
+    async def generate(self, request):
+        raise EngineError("the model computed values that are not finite.")
+        yield
+
+
 def ask(replica, *prompts, num_choices=1, **sampling):
     async def run():
         request = InferenceRequest(prompts, Sampling(**sampling), num_choices)
@@ -179,6 +188,38 @@ def test_generate_when_seed_is_negative_gives_choices_that_differ(replica):
     assert len({tuple(tokens) for tokens in choices}) == 3
 
 
+def tokens_of(events, choice: int) -> list[int]:
+    return [token for e in events[1:] if e.choice == choice for token in e.token_ids]
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"seed": 7}])
+def test_generate_when_resumed_goes_on_as_if_it_had_never_stopped(replica, sampling):
+    prompts = (TokenPrompt((5, 6)),)
+    whole = ask(replica, *prompts, num_choices=2, max_tokens=12, **sampling)
+    expected = [tokens_of(whole, choice) for choice in range(2)]
+
+    async def resume():
+        request = InferenceRequest(
+            prompts,
+            Sampling(max_tokens=12, **sampling),
+            2,
+            resumed=(tuple(expected[0][:5]), tuple(expected[1])),
+            finished=(1,),
+        )
+        return [event async for batch in replica.generate(request) for event in batch]
+
+    rest = asyncio.run(resume())
+    assert rest[0] == Started(2)
+    assert tokens_of(rest, 0) == expected[0][5:]
+    assert tokens_of(rest, 1) == []
+
+
+def test_embed_when_the_model_generates_names_the_other_route(replica):
+    refused = asyncio.run(replica.embed(EmbeddingRequest((TextPrompt("hello"),))))
+    assert (refused.status, refused.param) == (400, "model")
+    assert "/v1/completions" in refused.message
+
+
 @pytest.mark.parametrize(
     ("bad", "code"),
     [(TokenPrompt((5,) * 33), "context_length_exceeded"), (TokenPrompt((300,)), None)],
@@ -187,6 +228,16 @@ def test_generate_when_one_prompt_is_wrong_refuses_all(replica, bad, code):
     (refused,) = ask(replica, TokenPrompt((5,)), bad)
     assert isinstance(refused, Refused)
     assert (refused.status, refused.code, refused.param) == (400, code, "prompt")
+
+
+def test_generate_when_the_model_computes_nonsense_says_that_no_other_replica_would_help(directory):
+    model = EngineReplica(str(directory), "native", {"max_slots": 4})
+    try:
+        model._generator = Failing()
+        (refused,) = ask(model, TokenPrompt((5,)))
+    finally:
+        model.close()
+    assert (refused.status, refused.code) == (500, "generation_failed")
 
 
 def test_generate_when_engine_stopped_says_so_and_is_not_healthy(replica):

@@ -8,11 +8,12 @@ import yaml
 from pydantic import ValidationError
 from ray import serve
 
-from cluster.errors import ConfigError, ModelNotFoundError
+from cluster.config import parse_config
+from cluster.errors import LedgerError, ModelNotFoundError
 from cluster.storage import staged_directory
 from jobs.registry import Registry
-from serving.app import ServeArgs, build
-from serving.gateway.auth import make_key
+from serving.app import EngineArgs, ServeArgs, build, build_engine
+from serving.routing import RoutingTable
 
 RECIPE = Path(__file__).resolve().parents[2] / "deploy" / "recipes" / "serve.yaml"
 
@@ -24,41 +25,68 @@ def folder(tmp_path: Path) -> Path:
         (staged / "weights").write_bytes(b"w")
     registry = Registry(tmp_path / "registry")
     registry.publish(source, "tiny")
-    registry.promote("tiny", "1")
-    make_key(tmp_path / "api-keys", "alice")
     return tmp_path
 
 
-def arguments(folder: Path, **changes: Any) -> ServeArgs:
-    """Return the arguments of the recipe, with this test's folders."""
-    args = yaml.safe_load(RECIPE.read_text())["applications"][0]["args"]
-    paths = {"registry": str(folder / "registry"), "api_keys_file": str(folder / "api-keys")}
-    return ServeArgs(**{**args, **paths, **changes})
+def recipe(number: int) -> dict[str, Any]:
+    """Return one application of the recipe."""
+    return yaml.safe_load(RECIPE.read_text())["applications"][number]
 
 
-def test_build_when_model_and_keys_exist_gives_an_application(folder: Path):
-    assert isinstance(build(arguments(folder)), serve.Application)
+def engine_args(folder: Path, **changes: Any) -> EngineArgs:
+    registry = {"registry": str(folder / "registry")}
+    return EngineArgs(**{**recipe(0)["args"], **registry, **changes})
 
 
-def test_build_when_model_is_unknown_is_refused(folder: Path):
+def gateway_args(folder: Path, **changes: Any) -> ServeArgs:
+    ledger = {"ledger": str(folder / "ledger.db")}
+    return ServeArgs(**{**recipe(1)["args"], **ledger, **changes})
+
+
+def test_build_engine_when_the_model_exists_gives_an_application(folder: Path):
+    assert isinstance(build_engine(engine_args(folder)), serve.Application)
+
+
+def test_build_engine_when_it_scales_gives_an_application(folder: Path):
+    scaling = {"min_replicas": 0, "max_replicas": 3}
+    assert isinstance(build_engine(engine_args(folder, scaling=scaling)), serve.Application)
+
+
+def test_build_engine_when_the_model_is_unknown_is_refused(folder: Path):
     with pytest.raises(ModelNotFoundError, match="large"):
-        build(arguments(folder, models=("large@production",)))
+        build_engine(engine_args(folder, model="large@production"))
 
 
-def test_build_when_key_file_is_missing_is_refused(folder: Path):
-    with pytest.raises(ConfigError, match="raysmith keys new"):
-        build(arguments(folder, api_keys_file=str(folder / "no-keys")))
+def test_build_when_the_ledger_can_be_opened_gives_an_application(folder: Path):
+    assert isinstance(build(gateway_args(folder)), serve.Application)
+
+
+def test_build_when_the_ledger_cannot_be_opened_is_refused(folder: Path):
+    (folder / "ledger.db").write_bytes(b"no database" * 100)
+    with pytest.raises(LedgerError):
+        build(gateway_args(folder))
+
+
+def test_recipe_when_read_routes_to_the_engine_that_it_deploys():
+    (deployment,) = recipe(1)["deployments"]
+    table = parse_config(RoutingTable, deployment["user_config"], "the recipe")
+    assert [route.reference for route in table.routes] == [recipe(0)["args"]["model"]]
+    assert recipe(0)["name"] == "engine--tiny--1"
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"models": ()}, "models"),
-        ({"models": ("tiny@1", "tiny@production")}, "two versions of `tiny`"),
         ({"num_replica": 2}, "num_replica"),
-        ({"max_accepted_choices": 0}, "max_accepted_choices"),
+        ({"num_replicas": 0}, "num_replicas"),
+        ({"scaling": {"min_replicas": 2, "max_replicas": 1}}, "exceeds `max_replicas`"),
     ],
 )
-def test_arguments_when_wrong_are_refused(folder: Path, changes: dict[str, Any], words: str):
+def test_engine_arguments_when_wrong_are_refused(folder: Path, changes: dict[str, Any], words: str):
     with pytest.raises(ValidationError, match=words):
-        arguments(folder, **changes)
+        engine_args(folder, **changes)
+
+
+def test_gateway_arguments_when_wrong_are_refused(folder: Path):
+    with pytest.raises(ValidationError, match="max_accepted_choices"):
+        gateway_args(folder, max_accepted_choices=0)

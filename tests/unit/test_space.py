@@ -77,7 +77,7 @@ def test_proposals_when_widths_are_small_take_a_smaller_group() -> None:
 
 def test_proposals_when_no_group_divides_the_widths_is_refused() -> None:
     decoder = DecoderConfig(hidden_size=40, intermediate_size=80, num_heads=2, num_kv_heads=1)
-    with pytest.raises(ConfigError, match="Leave w4a16 out"):
+    with pytest.raises(ConfigError, match="Leave w4a16 and w4a8 out"):
         proposals(_config(), decoder)
 
 

@@ -97,3 +97,27 @@ def test_push_for_any_text_equals_cutting_the_whole(text, stop):
     seen = text[: min(ends, default=len(text))]
     expected = text[: min((seen.find(each) for each in stop if each in seen), default=len(text))]
     assert "".join(run(text, stop)[0]) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    text=st.text(alphabet="ab€\n", max_size=20),
+    stop=st.lists(st.text(alphabet="ab€\n", min_size=1, max_size=4), max_size=2),
+    share=st.floats(0, 1),
+)
+def test_push_when_resumed_anywhere_goes_on_as_if_never_stopped(text, stop, share):
+    data = text.encode()
+    num_resumed = int(share * len(data))
+    pieces, is_stopped = run(data, stop)
+    resumed = Detokenizer(ByteDecoder(), stop=stop, resumed_tokens=list(data[:num_resumed]))
+    rest = []
+    for token in data[num_resumed:]:
+        if not resumed.is_stopped:
+            rest.append(resumed.push(token))
+    if not resumed.is_stopped:
+        rest.append(resumed.finish())
+    assert (rest, resumed.is_stopped) == (pieces[num_resumed:], is_stopped)
+
+
+def test_push_when_resumed_after_a_stop_string_is_stopped_at_once():
+    assert Detokenizer(ByteDecoder(), stop=["b"], resumed_tokens=list(b"abc")).is_stopped

@@ -1,8 +1,8 @@
 """Round to nearest: the weight decides alone, no data is seen.
 
 Takes one dense weight; gives integers at a scale per output channel (w8a8) or per group of inputs
-(w4a16). The scale is the largest weight's (`minmax`), or that clipped by the ratio, out of a grid,
-that leaves the least squared error in the channel or group (`mse`).
+(w4a16, w4a8). The scale is the largest weight's (`minmax`), or that clipped by the ratio, out of a
+grid, that leaves the least squared error in the channel or group (`mse`).
 """
 
 from typing import Literal, Self
@@ -15,6 +15,7 @@ from cluster.config import StrictModel
 from jobs.compression.methods._protocol import LayerResult
 from jobs.kernels.formats import (
     DEFAULT_GROUP_SIZE,
+    GROUPED,
     Layout,
     Scheme,
     round_scale,
@@ -28,9 +29,9 @@ _GRID = tuple(1.0 - 0.02 * step for step in range(26))
 class Options(StrictModel):
     """Into which format, and how scales are chosen."""
 
-    scheme: Scheme = Field("w8a8", description="bf16 (leave dense), w8a8 or w4a16.")
+    scheme: Scheme = Field("w8a8", description="bf16 (leave dense), w8a8, w4a16 or w4a8.")
     group_size: int = Field(
-        DEFAULT_GROUP_SIZE, ge=16, description="w4a16: inputs that share a scale; a power of 2."
+        DEFAULT_GROUP_SIZE, ge=16, description="int4: inputs that share a scale; a power of 2."
     )
     observer: Literal["minmax", "mse"] = Field("mse", description="How a scale is chosen.")
 
@@ -43,7 +44,7 @@ class Options(StrictModel):
 
 def layout(options: Options) -> Layout | None:
     """Return the format these options choose."""
-    is_grouped = options.scheme == "w4a16"
+    is_grouped = options.scheme in GROUPED
     return Layout(options.scheme, options.group_size if is_grouped else None)
 
 

@@ -1,10 +1,45 @@
 """Options of the native engine, as values. No I/O, no torch."""
 
-from typing import Literal
+from enum import StrEnum
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config import StrictModel
+
+
+class DrafterKind(StrEnum):
+    """Who proposes tokens that the model then checks many of at a time."""
+
+    NONE = "none"
+    NGRAM = "ngram"
+    DRAFT = "draft"
+
+
+class SpeculationConfig(StrictModel):
+    """Speculative decoding; answers stay what they are without it."""
+
+    kind: DrafterKind = Field(
+        default=DrafterKind.NONE,
+        description="ngram: what followed the same words earlier in the text; draft: a small model "
+        "of the same tokenizer.",
+    )
+    num_tokens: int = Field(
+        default=6, ge=1, le=32, description="Most tokens proposed for a sequence in a pass."
+    )
+    max_rows: int = Field(
+        default=16,
+        ge=2,
+        description="Nothing is proposed beyond this many tokens of a pass, because the model then "
+        "computes at its limit and a wrong guess costs as much as a right one gains.",
+    )
+    draft: str | None = Field(default=None, description="Directory of the small model.")
+
+    @model_validator(mode="after")
+    def _check_draft(self) -> Self:
+        if (self.kind is DrafterKind.DRAFT) != (self.draft is not None):
+            raise ValueError("`draft` names a directory if and only if `kind` is draft")
+        return self
 
 
 class EngineConfig(StrictModel):
@@ -21,9 +56,34 @@ class EngineConfig(StrictModel):
         ge=1,
         description="Tokens of one pass: one a running sequence, the rest new prompts.",
     )
+    max_shared_tokens: int | None = Field(
+        default=8,
+        ge=1,
+        description="Tokens of a pass for tenants that have more than twice the sequences of the "
+        "lightest, beyond as many as that has. Lower: the lightest is slowed less, and fewer "
+        "tokens a second are computed in all. Unset: no bound.",
+    )
+    block_size: int = Field(default=16, ge=1, le=512, description="Tokens of one cache block.")
+    cache_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="Memory for keys and values; unset: enough for `max_slots` sequences of "
+        "`max_len` tokens, at most half of what is free.",
+    )
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        default="auto", description="Type of the cache; auto: that of activations."
+    )
+    enable_prefix_cache: bool = Field(
+        default=True, description="Keep what was computed for a later prompt that begins alike."
+    )
+    speculation: SpeculationConfig = SpeculationConfig()
+    adapters: dict[str, str] = Field(
+        default={}, description="LoRA adapters by name: PEFT directories."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="Type of activations and cache; auto: float32 on CPU, bfloat16 on CUDA.",
+        description="Type of activations; auto: float32 on CPU, bfloat16 on CUDA, and for encoders "
+        "bfloat16 wherever it is fast.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA if there is one."

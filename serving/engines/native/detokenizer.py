@@ -32,7 +32,14 @@ class Detokenizer:
         decoder: TextDecoder | None,
         prompt_tokens: Sequence[int] = (),
         stop: Sequence[str] = (),
+        resumed_tokens: Sequence[int] = (),
     ) -> None:
+        """Start after a prompt; text of `resumed_tokens` was given out already.
+
+        They are pushed like all others and what comes of it is dropped, so that the text goes on as
+        if it had never stopped: what was held back is still held back. Where they hold a stop
+        string, `is_stopped` is set from the beginning.
+        """
         assert decoder is not None or not stop, "stop strings need a decoder"
         self._decoder = decoder
         self._stop = tuple(stop)
@@ -41,6 +48,9 @@ class Detokenizer:
         self._read_until = len(self._tokens)
         self._held = ""
         self.is_stopped = False
+        for token_id in resumed_tokens:
+            if not self.is_stopped:
+                self.push(token_id)
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that is now certain; may set `is_stopped`."""
@@ -69,6 +79,8 @@ class Detokenizer:
         return after[len(before) :]
 
     def _release(self, new_text: str, *, is_last: bool) -> str:
+        if not self._stop:
+            return new_text
         text = self._held + new_text
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:

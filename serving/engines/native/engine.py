@@ -4,34 +4,41 @@ Takes requests from any event loop; gives each its chunks as they are computed. 
 about HTTP, Ray or where the model came from.
 
 Only the engine's thread touches scheduler, model and sequences. The others reach it through one
-queue of commands, and it reaches them through each sequence's `deliver`.
+queue of commands, and it reaches them through mailboxes.
 """
 
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Protocol
 
-from cluster.errors import ContextLengthError, EngineError, RequestError
-from serving.engines._protocol import (
-    Alternative,
-    Chunk,
-    EngineInfo,
-    EngineStats,
-    FinishReason,
-    GenerateRequest,
-    TokenLogprob,
-)
-from serving.engines.native.detokenizer import Detokenizer, TextDecoder
-from serving.engines.native.runner import Runner, Sampled
-from serving.engines.native.sampling import Likely
-from serving.engines.native.scheduler import Piece, Scheduler
-from serving.engines.native.sequence import Deliver, Sequence
+from cluster.errors import EngineError, RequestError
+from serving.engines._protocol import Chunk, EngineInfo, EngineStats, GenerateRequest
+from serving.engines.native.answers import Vocabulary, append, resume
+from serving.engines.native.checks import check_request
+from serving.engines.native.detokenizer import Detokenizer
+from serving.engines.native.drafting import Drafting
+from serving.engines.native.mailbox import Letter, Mailbox, deliver
+from serving.engines.native.passes import Piece
+from serving.engines.native.runner import Sampled
+from serving.engines.native.sampling import SamplingState
+from serving.engines.native.scheduler import Scheduler
+from serving.engines.native.sequence import Sequence
 
 _logger = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S = 30.0
+
+
+class Passes(Protocol):
+    """Carries out passes; see `serving.engines.native.runner.Runner`."""
+
+    def run(self, pieces: Seq[Piece]) -> list[Sampled]:
+        """Return what follows the pieces that complete their sequence."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,27 +55,38 @@ class _Close:
     pass
 
 
+@dataclass
+class _Totals:
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    num_ticks: int = 0
+    cached_prompt_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    settled_tokens: int = 0  # Of those submitted: computed, or not needed any more.
+
+
 class NativeEngine:
     """Continuous batching over one model; see `serving.engines._protocol.Engine`."""
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Passes,
         scheduler: Scheduler,
         info: EngineInfo,
-        *,
-        decoder: TextDecoder | None,
-        stop_ids: Collection[int] = (),
+        vocabulary: Vocabulary,
+        max_drafts: int = 0,
     ) -> None:
-        """Start the engine's thread; without a `decoder` chunks carry token ids only."""
+        """Start the engine's thread."""
         self._runner = runner
         self._scheduler = scheduler
         self._info = info
-        self._decoder = decoder
-        self._stop_ids = frozenset(stop_ids)
-        self._prompt_tokens = self._generated_tokens = self._num_ticks = 0
+        self._vocabulary = vocabulary
+        self._max_drafts = max_drafts
+        self._totals = _Totals()
+        self._submitted_tokens = 0
         self._commands: SimpleQueue[_Add | _Cancel | _Close] = SimpleQueue()
-        self._lock = threading.Lock()  # Guards `_failure` against a submission that comes too late.
+        self._lock = threading.Lock()  # Guards `_failure` and `_submitted_tokens`.
         self._failure: EngineError | None = None
         self._thread = threading.Thread(target=self._serve, name="native-engine", daemon=True)
         self._thread.start()
@@ -79,17 +97,25 @@ class NativeEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """Yield chunks until one has a finish reason; closing the iterator cancels the work."""
-        results: asyncio.Queue[Chunk | EngineError] = asyncio.Queue()
-        sequence = self._sequence(request, _deliver_to(asyncio.get_running_loop(), results))
+        mailbox = Mailbox(asyncio.get_running_loop())
+        if request.grammar is None and not request.resumed_tokens:
+            sequence = self._sequence(request, mailbox)
+        else:  # Compiling a grammar may take seconds, and so may going over many tokens.
+            sequence = await asyncio.to_thread(self._sequence, request, mailbox)
+        chunk = resume(sequence)
+        if chunk is not None:
+            yield chunk
+            return
         self._submit(sequence)
         is_done = False
         try:
             while not is_done:
-                item = await results.get()
-                is_done = isinstance(item, EngineError) or item.finish_reason is not None
-                if isinstance(item, EngineError):
-                    raise item
-                yield item
+                chunk = await mailbox.take()
+                is_done = chunk.finish_reason is not None
+                yield chunk
+        except (EngineError, RequestError):
+            is_done = True
+            raise
         finally:
             if not is_done:
                 self._commands.put(_Cancel(sequence))
@@ -97,14 +123,23 @@ class NativeEngine:
     def stats(self) -> EngineStats:
         """Return the load now; raises EngineError if the engine stopped."""
         if self._failure is not None:
-            raise self._failure
+            raise EngineError(self._failure.message)
+        totals, scheduler = self._totals, self._scheduler
         return EngineStats(
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
-            num_free_slots=self._scheduler.num_free_slots,
-            prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
-            num_ticks=self._num_ticks,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_free_slots=scheduler.num_free_slots,
+            prompt_tokens=totals.prompt_tokens,
+            generated_tokens=totals.generated_tokens,
+            num_ticks=totals.num_ticks,
+            tokens_in_flight=max(0, self._submitted_tokens - totals.settled_tokens),
+            queue_age_s=scheduler.queue_age_s,
+            num_blocks=scheduler.blocks.num_blocks,
+            num_used_blocks=scheduler.blocks.num_used,
+            cached_prompt_tokens=totals.cached_prompt_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            drafted_tokens=totals.drafted_tokens,
+            accepted_tokens=totals.accepted_tokens,
         )
 
     def close(self) -> None:
@@ -112,29 +147,28 @@ class NativeEngine:
         self._commands.put(_Close())
         self._thread.join(_CLOSE_TIMEOUT_S)
 
-    def _sequence(self, request: GenerateRequest, deliver: Deliver) -> Sequence:
-        num_prompt, max_len = len(request.prompt_tokens), self._info.max_len
-        max_tokens = max_len - num_prompt if request.max_tokens is None else request.max_tokens
-        if num_prompt + max(max_tokens, 1) > max_len:
-            raise ContextLengthError(
-                f"this model's context is {max_len} tokens; the prompt has {num_prompt}, and "
-                f"{max(max_tokens, 1)} were asked for. Shorten the prompt or lower `max_tokens`."
-            )
-        # Only now: this takes long for a prompt of millions of tokens, and holds the event loop.
-        wrong = [t for t in request.prompt_tokens if not 0 <= t < self._info.vocab_size]
-        if wrong:
-            raise RequestError(
-                f"token id {wrong[0]} is not in the vocabulary of {self._info.vocab_size} tokens."
-            )
-        if request.stop and self._decoder is None:
-            raise RequestError("`stop` needs a tokenizer, and this engine has none.")
-        detokenizer = Detokenizer(self._decoder, request.prompt_tokens, request.stop)
-        return Sequence(request, max_tokens, detokenizer, deliver)
+    def _sequence(self, request: GenerateRequest, mailbox: Mailbox) -> Sequence:
+        max_tokens = check_request(request, self._info, self._vocabulary)
+        return Sequence(
+            request,
+            max_tokens,
+            Detokenizer(
+                self._vocabulary.decoder,
+                request.prompt_tokens,
+                request.stop,
+                request.resumed_tokens,
+            ),
+            SamplingState.create(request, self._vocabulary.sampling),
+            mailbox,
+            Drafting(self._max_drafts),
+        )
 
     def _submit(self, sequence: Sequence) -> None:
         with self._lock:
             if self._failure is not None:
-                raise self._failure
+                raise EngineError(self._failure.message)
+            sequence.num_counted = sequence.num_owed
+            self._submitted_tokens += sequence.num_counted
             self._commands.put(_Add(sequence))
 
     # What follows runs on the engine's thread.
@@ -159,60 +193,56 @@ class NativeEngine:
                 self._scheduler.add(command.sequence)
             else:
                 self._scheduler.cancel(command.sequence)
+                self._settle(command.sequence)
         return True
 
     def _tick(self) -> None:
         pieces = self._scheduler.schedule()
         sampled = self._runner.run(pieces)
-        self._advance(pieces)
-        for result in sampled:
-            self._collect(result)
+        letters = self._postprocess(pieces, sampled)
+        deliver(letters)
 
-    def _advance(self, pieces: list[Piece]) -> None:
+    def _postprocess(self, pieces: Seq[Piece], sampled: Seq[Sampled]) -> list[Letter]:
+        """Bring sequences to where the pass took them; return what their readers get."""
+        totals = self._totals
+        totals.num_ticks += 1
         for piece in pieces:
-            piece.sequence.num_cached += piece.length
-            if piece.start < piece.sequence.num_prompt:
-                self._prompt_tokens += piece.length
-        self._num_ticks += 1
+            totals.prompt_tokens += max(0, min(piece.stop, piece.sequence.num_prompt) - piece.start)
+            if not piece.is_last:
+                self._scheduler.advance(piece)
+                self._settle(piece.sequence)
+        return [self._answer(result) for result in sampled]
 
-    def _collect(self, result: Sampled) -> None:
-        sequence, token_id = result.sequence, result.token_id
-        if token_id is None:
-            self._scheduler.cancel(sequence)
-            sequence.deliver(EngineError("the model computed values that are not finite."))
-            return
-        chunk = self._chunk(sequence, token_id, result.likely)
+    def _answer(self, result: Sampled) -> Letter:
+        sequence = result.piece.sequence
+        if not result.token_ids:
+            return sequence.mailbox, self._fail(sequence)
+        num_accepted = len(result.token_ids) - 1
+        chunk = append(sequence, result.token_ids, result.likely, self._vocabulary)
+        sequence.drafting.note(result.num_guessed, num_accepted)
+        self._scheduler.advance(result.piece, num_accepted)
         if chunk.finish_reason is not None:
             self._scheduler.finish(sequence)
-        sequence.deliver(chunk)
+        self._settle(sequence)
+        totals = self._totals
+        totals.generated_tokens += len(chunk.token_ids)
+        totals.drafted_tokens += result.num_guessed
+        totals.accepted_tokens += num_accepted
+        totals.cached_prompt_tokens += chunk.cached_tokens  # Only the first chunk has some.
+        return sequence.mailbox, chunk
 
-    def _chunk(self, sequence: Sequence, token_id: int, likely: Likely | None) -> Chunk:
-        """Add the token to its sequence; an end token ends it and is no part of it."""
-        if token_id in self._stop_ids and not sequence.request.ignore_eos:
-            return Chunk(sequence.detokenizer.finish(), (), FinishReason.STOP)
-        self._generated_tokens += 1
-        sequence.tokens.append(token_id)
-        text = sequence.detokenizer.push(token_id)
-        reason = None
-        if sequence.detokenizer.is_stopped:
-            reason = FinishReason.STOP
-        elif sequence.num_generated == sequence.max_tokens:
-            text += sequence.detokenizer.finish()
-            is_stopped = sequence.detokenizer.is_stopped
-            reason = FinishReason.STOP if is_stopped else FinishReason.LENGTH
-        return Chunk(text, (token_id,), reason, self._logprobs(token_id, likely))
+    def _fail(self, sequence: Sequence) -> EngineError | RequestError:
+        self._scheduler.cancel(sequence)
+        self._settle(sequence)
+        if sequence.sampling.failure is not None:
+            return RequestError(sequence.sampling.failure)
+        return EngineError("the model computed values that are not finite.")
 
-    def _logprobs(self, token_id: int, likely: Likely | None) -> tuple[TokenLogprob, ...]:
-        if likely is None:
-            return ()
-        top = tuple(
-            Alternative(other, self._text_of(other), logprob)
-            for other, logprob in zip(likely.top_ids, likely.top_logprobs, strict=True)
-        )
-        return (TokenLogprob(token_id, self._text_of(token_id), likely.logprob, top),)
-
-    def _text_of(self, token_id: int) -> str:
-        return "" if self._decoder is None else self._decoder.decode([token_id])
+    def _settle(self, sequence: Sequence) -> None:
+        """Take what a sequence no longer needs off the tokens in flight."""
+        num_owed = sequence.num_owed
+        self._totals.settled_tokens += sequence.num_counted - num_owed
+        sequence.num_counted = num_owed
 
     def _end(self, failure: EngineError) -> None:
         with self._lock:
@@ -222,17 +252,5 @@ class NativeEngine:
             command = self._commands.get()
             if isinstance(command, _Add):
                 sequences.append(command.sequence)
-        for sequence in sequences:
-            sequence.deliver(failure)
-
-
-def _deliver_to(
-    loop: asyncio.AbstractEventLoop, results: asyncio.Queue[Chunk | EngineError]
-) -> Deliver:
-    def deliver(item: Chunk | EngineError) -> None:
-        try:
-            loop.call_soon_threadsafe(results.put_nowait, item)
-        except RuntimeError:  # The loop is closed: nobody listens any more.
-            _logger.warning("a result was dropped: the event loop that asked for it is closed")
-
-    return deliver
+        # One each: an exception that many raise collects the traceback of all of them.
+        deliver((sequence.mailbox, EngineError(failure.message)) for sequence in sequences)

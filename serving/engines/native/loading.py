@@ -4,28 +4,48 @@ Takes a directory or a decoder, and options; gives a running engine. It does not
 the registry.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from cluster.config import parse_config
-from cluster.errors import PlacementError
-from cluster.storage import MIB
-from jobs.compression.packing import load_model
+from cluster.errors import ConfigError
+from cluster.storage import MIB, verify_directory
+from jobs.compression.packing import LoadedModel, load_model
+from jobs.config import DecoderConfig
 from jobs.data.tokenizer import check_fits, load_tokenizer
-from jobs.kernels.attention import SlotCache
+from jobs.kernels.block_cache import BlockCache
 from jobs.kernels.linear import resident_bytes
+from jobs.models import _hf
+from jobs.models._fused import FusedDecoder, can_fuse
 from jobs.models.decoder import Decoder, stop_token_ids
+from jobs.models.encoder import is_encoder
 from serving.engines._protocol import EngineInfo
-from serving.engines.native.config import EngineConfig
-from serving.engines.native.detokenizer import TextDecoder
+from serving.engines.native.adapters import load_adapters
+from serving.engines.native.answers import Vocabulary
+from serving.engines.native.blocks import BlockManager
+from serving.engines.native.config import DrafterKind, EngineConfig
+from serving.engines.native.embedding import NativeEmbedder, create_embedder
 from serving.engines.native.engine import NativeEngine
-from serving.engines.native.runner import Runner
+from serving.engines.native.grammar import GrammarCompiler
+from serving.engines.native.memory import (
+    activation_dtype,
+    cache_dtype,
+    choose_device,
+    count_blocks,
+)
+from serving.engines.native.passes import PassLimits
+from serving.engines.native.runner import Drafter, Model, Runner
+from serving.engines.native.sampling import TokenizerInfo
 from serving.engines.native.scheduler import Scheduler
+from serving.engines.native.speculation import ModelDrafter, NgramDrafter
+
+_logger = logging.getLogger(__name__)
 
 
 class TokenizerDecoder:
@@ -40,89 +60,125 @@ class TokenizerDecoder:
         return text
 
 
-def create(directory: Path, options: Mapping[str, Any]) -> NativeEngine:
+def create(directory: Path, options: Mapping[str, Any]) -> NativeEngine | NativeEmbedder:
     """Load a published model, every digest checked, and start an engine.
 
-    Raises ConfigError for a wrong option, ModelFormatError, IntegrityError, TokenizerError, or
-    PlacementError if the cache does not fit into memory.
+    An encoder gets an engine that embeds. Raises ConfigError for a wrong option, ModelFormatError,
+    IntegrityError, TokenizerError, or PlacementError if the cache does not fit into memory.
     """
     config = parse_config(EngineConfig, dict(options), "engine options")
-    device = _device(config)
-    loaded = load_model(directory, dtype=_dtype(config, device), device=str(device))
+    verify_directory(directory)
+    if is_encoder(_hf.read_config(directory)):
+        return create_embedder(directory, config)
+    device = choose_device(config)
+    dtype = activation_dtype(config, device)
+    if config.num_threads is not None:  # Before operators are measured.
+        torch.set_num_threads(config.num_threads)
+    loaded = load_model(directory, dtype=dtype, device=str(device), verify=False)
     tokenizer = load_tokenizer(directory)
     check_fits(tokenizer, loaded.config.vocab_size)
-    return start(
-        loaded.model,
-        config,
-        decoder=TokenizerDecoder(tokenizer),
-        stop_ids=stop_token_ids(directory, tokenizer.eos_token_id),
-        weight_bytes=loaded.weight_bytes,
-        schemes=loaded.schemes,
-        operators=loaded.operators,
+    stop_ids = stop_token_ids(directory, tokenizer.eos_token_id)
+    grammars = GrammarCompiler(tokenizer, loaded.config.vocab_size, stop_ids)
+    vocabulary = Vocabulary(
+        TokenizerInfo(loaded.config.vocab_size, grammars), TokenizerDecoder(tokenizer), stop_ids
     )
+    return start(loaded, config, vocabulary, _load_draft(config, loaded.config, dtype, device))
 
 
 def start(
-    model: Decoder,
+    loaded: LoadedModel | Decoder,
     config: EngineConfig,
-    *,
-    decoder: TextDecoder | None = None,
-    stop_ids: Collection[int] = (),
-    weight_bytes: int | None = None,
-    schemes: Mapping[str, str] | None = None,
-    operators: Mapping[str, str] | None = None,
+    vocabulary: Vocabulary | None = None,
+    draft: Decoder | None = None,
 ) -> NativeEngine:
-    """Start an engine over a model in memory, with one cache slot for each running sequence."""
-    device = _device(config)
+    """Start an engine over a model in memory; without a vocabulary it gives token ids only.
+
+    Raises PlacementError if the cache does not fit into memory, ModelFormatError for an adapter.
+    """
+    if isinstance(loaded, Decoder):
+        loaded = LoadedModel(loaded.eval(), loaded.config, {}, {}, resident_bytes(loaded))
+    device = choose_device(config)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    max_len = min(config.max_len, model.config.max_seq_len)
-    cache = _cache(model, config, max_len, device)
+    shape = loaded.config
+    max_len = min(config.max_len, shape.max_seq_len)
+    shapes = [shape] if draft is None else [shape, draft.config]
+    num_blocks = count_blocks(config, shapes, max_len, device)
+    dtype = cache_dtype(config, device)
+    caches = [BlockCache(each, num_blocks, config.block_size, dtype, device) for each in shapes]
+    draft_bytes = 0 if draft is None else resident_bytes(draft)
+    adapters = load_adapters(config.adapters, shape, device)
     info = EngineInfo(
         engine="native",
-        vocab_size=model.config.vocab_size,
+        vocab_size=shape.vocab_size,
         max_len=max_len,
         max_slots=config.max_slots,
-        weight_bytes=resident_bytes(model) if weight_bytes is None else weight_bytes,
-        cache_bytes=cache.bytes(),
-        schemes=dict(schemes or {}),
-        operators=dict(operators or {}),
+        weight_bytes=loaded.weight_bytes + adapters.bytes() + draft_bytes,
+        cache_bytes=sum(cache.bytes() for cache in caches),
+        schemes=dict(loaded.schemes),
+        operators=dict(loaded.operators),
+        adapters=adapters.names,
     )
+    _log(info)
+    model = _runnable(loaded.model)
+    drafter = _drafter(draft, config, caches[-1], device)
     return NativeEngine(
-        Runner(model, cache, device),
-        Scheduler(config.max_slots, max(config.max_batch_tokens, config.max_slots)),
+        Runner(model, caches[0], device, drafter, adapters),
+        _scheduler(config, num_blocks, is_guessing=drafter is not None),
         info,
-        decoder=decoder,
-        stop_ids=stop_ids,
+        vocabulary or Vocabulary(TokenizerInfo(shape.vocab_size)),
+        config.speculation.num_tokens if drafter is not None else 0,
     )
 
 
-def _cache(model: Decoder, config: EngineConfig, max_len: int, device: torch.device) -> SlotCache:
-    dtype, shape = _dtype(config, device), model.config
-    token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.resolved_head_dim
-    needed_bytes = config.max_slots * max_len * token_bytes * dtype.itemsize
-    free_bytes = _free_bytes(device)
-    if needed_bytes > free_bytes:
-        raise PlacementError(
-            f"max_slots={config.max_slots} sequences of max_len={max_len} tokens need a cache of "
-            f"{needed_bytes / MIB:.0f} MiB; {free_bytes / MIB:.0f} MiB are free. Lower one of them."
+def _scheduler(config: EngineConfig, num_blocks: int, *, is_guessing: bool) -> Scheduler:
+    limits = PassLimits(
+        config.max_slots,
+        max(config.max_batch_tokens, config.max_slots),
+        config.max_shared_tokens,
+        config.speculation.max_rows if is_guessing else 0,
+    )
+    blocks = BlockManager(
+        num_blocks, config.block_size, is_prefix_cached=config.enable_prefix_cache
+    )
+    return Scheduler(limits, blocks)
+
+
+def _drafter(
+    draft: Decoder | None, config: EngineConfig, cache: BlockCache, device: torch.device
+) -> Drafter | None:
+    if draft is not None:
+        small = _runnable(draft)
+        return ModelDrafter(small, cache, device, config.max_batch_tokens)
+    return NgramDrafter() if config.speculation.kind is DrafterKind.NGRAM else None
+
+
+def _load_draft(
+    config: EngineConfig, shape: DecoderConfig, dtype: torch.dtype, device: torch.device
+) -> Decoder | None:
+    if config.speculation.draft is None:
+        return None
+    draft = load_model(Path(config.speculation.draft), dtype=dtype, device=str(device))
+    if draft.config.vocab_size != shape.vocab_size:
+        raise ConfigError(
+            f"speculation.draft={config.speculation.draft} has a vocabulary of "
+            f"{draft.config.vocab_size} tokens, and the model one of {shape.vocab_size}. Give a "
+            "small model that was trained with the same tokenizer."
         )
-    return SlotCache(shape, config.max_slots, max_len, dtype, device)
+    return draft.model
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+def _runnable(model: Decoder) -> Model:
+    """Return the fastest form of a model: on CPU, by the C++ kernels where they are available."""
+    return FusedDecoder(model) if can_fuse(model) else model
 
 
-def _device(config: EngineConfig) -> torch.device:
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+def _log(info: EngineInfo) -> None:
+    layers = Counter((info.schemes.get(name, "?"), op) for name, op in info.operators.items())
+    operators = ", ".join(f"{n} x {scheme} on {op}" for (scheme, op), n in layers.most_common())
+    _logger.info(
+        "native engine: weights %.1f MiB, cache %.1f MiB; layers: %s",
+        info.weight_bytes / MIB,
+        info.cache_bytes / MIB,
+        operators or "as they are",
+    )

@@ -1,0 +1,1 @@
+"""Serving beside the engines people would pick instead; `python -m benchmarks.serving`."""

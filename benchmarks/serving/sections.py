@@ -1,0 +1,194 @@
+"""The sections of the serving benchmark: what each starts, and which keys it reports.
+
+Takes a `Bench`; gives a part of the report. How a figure is taken stands in the section's module.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving import (
+    cancel,
+    embeddings,
+    fairness,
+    floors,
+    overhead,
+    overload,
+    peers,
+    prefix,
+    rollout,
+    speculative,
+    sweep,
+)
+from benchmarks.serving.contender import Contender, Process
+from benchmarks.serving.http_client import Served
+from benchmarks.serving.models import BENCH, REFERENCE, ROOT, SMALL, Models
+from benchmarks.serving.service import Service
+from cluster.errors import ConfigError, ModelNotFoundError
+from jobs.registry import Registry
+
+OPTIONS = {
+    "max_slots": 32,
+    "max_len": 1024,
+    "max_batch_tokens": 2048,  # Half of what the peers are given.
+    "cache_dtype": "bfloat16",
+}
+# Where the time between tokens counts, a pass must not be long.
+EVEN_OPTIONS = {**OPTIONS, "max_batch_tokens": 192}
+# Ray gives a replica as many threads as CPUs.
+CPUS = float(os.cpu_count() or 1)
+_SWEEP_PEERS = ("openvino-int8", "llama.cpp-Q8_0", "vllm-bf16")
+_OVERLOAD_S = 180.0
+_BUDGET_TOKENS = 4_000
+Section = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a section may use: a stack that stops what it starts, and a place for plots."""
+
+    stack: ExitStack
+    rounds: int
+    plots: Path | None
+    say: Callable[[str], None]
+
+    def service(self) -> Service:
+        """Start a cluster; it ends with the section."""
+        return self.stack.enter_context(Service())
+
+    def bare(self, model: Path, name: str) -> Process:
+        """Start the engine alone."""
+        arguments = [str(model), "--options", json.dumps(OPTIONS)]
+        log = BENCH / "logs" / f"bare-{name}.log"
+        process = Process(Path(sys.executable), "native", arguments, log)
+        return self.stack.enter_context(process)
+
+    def served(
+        self, service: Service, model: Path, name: str, options: dict[str, Any] = OPTIONS
+    ) -> Served:
+        """Publish and offer a model, and return it as a contender."""
+        service.offer(service.publish(model, name), options, cpus_per_replica=CPUS)
+        return Served(service.api(name))
+
+
+def _peers(bench: Bench) -> Section:
+    models = Models(REFERENCE)
+    service = bench.service()
+    contenders: dict[str, Contender] = {
+        f"{peers.OURS}-{scheme}": bench.served(service, models.compressed(scheme), scheme)
+        for scheme in peers.SCHEMES
+    }
+    for peer in peers.PEERS:
+        contenders[peer.name] = peers.start_peer(bench.stack, peer, models)
+    engines = peers.compare(contenders, peers.CASES, REFERENCE.vocab_size, bench.rounds, bench.say)
+    ratios = peers.ratios(engines)
+    for name, ratio in ratios.items():
+        bench.say(f"{name} {ratio:.2f}")
+    return {"engines": engines, **ratios, "floors": floors.measure(REFERENCE)}
+
+
+def _gateway_overhead(bench: Bench) -> Section:
+    model = Models(REFERENCE).compressed("w8a8")
+    served = bench.served(bench.service(), model, "w8a8")
+    bare = bench.bare(model, "w8a8")
+    return {"gateway_overhead": overhead.measure(served, bare, REFERENCE.vocab_size, bench.say)}
+
+
+def _sweep(bench: Bench) -> Section:
+    models = Models(REFERENCE)
+    contenders: dict[str, Contender] = {
+        peers.OURS: bench.served(bench.service(), models.compressed("w8a8"), "w8a8", EVEN_OPTIONS)
+    }
+    for peer in peers.PEERS:
+        if peer.name in _SWEEP_PEERS:
+            contenders[peer.name] = peers.start_peer(bench.stack, peer, models)
+    found = sweep.measure(contenders, REFERENCE.vocab_size, bench.say)
+    if bench.plots is not None:
+        sweep.plot(found, bench.plots / "goodput.png")
+    return {"sweep": found}
+
+
+def _prefix(bench: Bench) -> Section:
+    served = bench.served(bench.service(), Models(REFERENCE).compressed("w8a8"), "w8a8")
+    found = prefix.measure(served.api, REFERENCE.vocab_size)
+    bench.say(f"second request's first token {found['ratio']:.1f} times sooner")
+    return {"prefix": found}
+
+
+def _speculative(bench: Bench) -> Section:
+    registry = Registry(ROOT / "runs" / "demo" / "registry")
+    try:
+        model = registry.resolve("stdlib-tiny@production").path
+    except ModelNotFoundError as error:
+        raise ConfigError("the trained model is missing. Run `make demo` first.") from error
+    python = Path(sys.executable)
+    return {"speculative": speculative.measure(python, model, {"max_slots": 1}, bench.say)}
+
+
+def _overload(bench: Bench) -> Section:
+    service = bench.service()
+    served = bench.served(service, Models(REFERENCE).compressed("w8a8"), "w8a8")
+    found = overload.measure(
+        served.api, REFERENCE.vocab_size, service.resident_bytes, _OVERLOAD_S, bench.say
+    )
+    return {"overload": found}
+
+
+def _fairness(bench: Bench) -> Section:
+    service = bench.service()
+    bench.served(service, Models(REFERENCE).compressed("w8a8"), "w8a8", EVEN_OPTIONS)
+    small, large = service.api("w8a8", "small"), service.api("w8a8", "large")
+    return {"fairness": fairness.measure(small, large, REFERENCE.vocab_size)}
+
+
+def _rollout(bench: Bench) -> Section:
+    model, options = Models(SMALL).compressed("w8a8"), {**OPTIONS, "num_threads": 1}
+    return {
+        "rollout": rollout.measure(bench.service(), model, options, SMALL.vocab_size, bench.say)
+    }
+
+
+def _cancel(bench: Bench) -> Section:
+    service = bench.service()
+    served = bench.served(service, Models(REFERENCE).compressed("w8a8"), "w8a8")
+
+    def running() -> int:
+        busy = ("raysmith_engine_running", "raysmith_engine_waiting")
+        return sum(int(service.metric(served.api, name)) for name in busy)
+
+    def charged() -> int:
+        return service.used("bench")["generated_tokens"]
+
+    left = cancel.leave(served.api, REFERENCE.vocab_size, running, charged)
+    poor = service.api("w8a8", "poor", tokens_per_month=_BUDGET_TOKENS)
+    budget = cancel.budget(
+        poor, REFERENCE.vocab_size, _BUDGET_TOKENS, lambda: sum(service.used("poor").values())
+    )
+    return {"cancel": {**left, "budget": budget}}
+
+
+def _embeddings(bench: Bench) -> Section:
+    service = bench.service()
+    model = embeddings.quantized_minilm(BENCH / "models" / "minilm-w8a8")
+    service.offer(service.publish(model, "minilm"), {}, cpus_per_replica=CPUS)
+    found = embeddings.measure(service.api("minilm"), bench.say)
+    return {"embeddings": found}
+
+
+SECTIONS: dict[str, Callable[[Bench], Section]] = {
+    "peers": _peers,
+    "gateway_overhead": _gateway_overhead,
+    "prefix": _prefix,
+    "speculative": _speculative,
+    "overload": _overload,
+    "fairness": _fairness,
+    "rollout": _rollout,
+    "cancel": _cancel,
+    "embeddings": _embeddings,
+    "sweep": _sweep,
+}

@@ -1,0 +1,116 @@
+"""The ledger's teams and keys in memory, never older than the ledger.
+
+Takes an open ledger; gives snapshots. Before each one it asks for the ledger's revision on an open
+connection, so that a revoked key is refused by the next request; the rest is read again only when
+that has changed. It writes nothing.
+"""
+
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from cluster.errors import LedgerError
+from cluster.ledger import Ledger, Snapshot
+from cluster.ledger_schema import is_file, ledger_errors
+
+_QUERY = "SELECT revision FROM ledger"
+
+
+class LedgerReader:
+    """Snapshots of one ledger; used by one thread at a time."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        url = ledger.engine.url
+        self.is_local = is_file(url)
+        self._source: _RevisionSource = (
+            _FileRevision(Path(url.database or "")) if self.is_local else _ServerRevision(ledger)
+        )
+        self._snapshot = ledger.snapshot()
+
+    @property
+    def last(self) -> Snapshot:
+        """The snapshot that was current at the last call of `current`."""
+        return self._snapshot
+
+    def current(self) -> Snapshot:
+        """Return the teams and keys as they are now.
+
+        Takes a few microseconds where `is_local`, else a round trip to the server. Raises
+        LedgerError if the ledger cannot be read.
+        """
+        if self._source.read() != self._snapshot.revision:
+            self._snapshot = self._ledger.snapshot()
+        return self._snapshot
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._source.close()
+
+
+class _RevisionSource(Protocol):
+    def read(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class _FileRevision:
+    """An SQLite file, asked without the layers above the driver."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._connection, self._identity = self._open()
+
+    def read(self) -> int:
+        try:
+            found = os.stat(self._path)  # noqa: PTH116 - half the time of Path.stat, per request
+            if (found.st_dev, found.st_ino) != self._identity:  # another file has taken its place
+                self.close()
+                self._connection, self._identity = self._open()
+            return int(self._connection.execute(_QUERY).fetchone()[0])
+        except (OSError, sqlite3.Error) as error:
+            raise LedgerError(f"the ledger {self._path} cannot be read: {error}.") from None
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _open(self) -> tuple[sqlite3.Connection, tuple[int, int]]:
+        # Calls come from one thread at a time, but not always from the one that built this.
+        uri = f"file:{quote(str(self._path))}?mode=ro"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        found = self._path.stat()
+        return connection, (found.st_dev, found.st_ino)
+
+
+class _ServerRevision:
+    """A PostgreSQL server; a connection that broke is made anew."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._engine: Engine = ledger.engine
+        self._connection: Connection | None = None
+
+    def read(self) -> int:
+        with ledger_errors(self._engine.url):
+            try:
+                return self._ask()
+            except SQLAlchemyError:
+                self.close()  # the server was restarted, perhaps: one more try
+                return self._ask()
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.invalidate()
+            self._connection.close()
+            self._connection = None
+
+    def _ask(self) -> int:
+        if self._connection is None:
+            connection = self._engine.connect()
+            self._connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+        row: Any = self._connection.exec_driver_sql(_QUERY).one()
+        return int(row[0])

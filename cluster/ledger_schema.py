@@ -1,0 +1,286 @@
+"""The ledger's tables, and how its database is opened.
+
+Takes a path or a URL; gives an SQLAlchemy engine whose tables exist and have this version. It does
+not know what the rows mean.
+
+SQLite runs with a write-ahead log: gateways read while another process writes, and a commit syncs
+the disk once instead of three times. `synchronous=FULL` makes that sync part of every commit, so
+what was acknowledged survives a power cut. Writers begin with `BEGIN IMMEDIATE`: they wait for each
+other at the start and never fail in the middle. The log needs shared memory, so the file must lie
+on a local disk; over a network use PostgreSQL.
+"""
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    Engine,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    insert,
+    inspect,
+    select,
+    text,
+)
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from cluster.errors import ConfigError, LedgerError
+from cluster.storage import resolve_output, state_folder, storage_errors
+
+SCHEMA_VERSION = 1
+LEDGER_VARIABLE = "RAYSMITH_LEDGER"
+_BUSY_TIMEOUT_S = 15.0
+_CREATE_LOCK = 0x5261_7973  # an arbitrary number that names our advisory lock in PostgreSQL
+
+metadata = MetaData()
+
+# One row. `revision` grows with every change of teams and keys, so that readers notice it.
+state = Table(
+    "ledger",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("version", Integer, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("pepper_check", String(64)),  # null until the first pepper is made
+)
+teams = Table(
+    "teams",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("requests_per_min", BigInteger),
+    Column("tokens_per_min", BigInteger),
+    Column("max_choices", BigInteger),
+    Column("tokens_per_month", BigInteger),
+    Column("models", Text),  # a JSON list
+    Column("is_suspended", Boolean, nullable=False),
+    Column("created_s", BigInteger, nullable=False),
+)
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("digest", String(64), nullable=False, unique=True),
+    Column("team", ForeignKey("teams.name"), nullable=False, index=True),
+    Column("label", String(128), nullable=False),
+    Column("scopes", Text, nullable=False),  # a JSON list
+    Column("requests_per_min", BigInteger),
+    Column("tokens_per_min", BigInteger),
+    Column("max_choices", BigInteger),
+    Column("created_s", BigInteger, nullable=False),
+    Column("expires_s", BigInteger),
+    Column("revoked_s", BigInteger),
+)
+usage = Table(
+    "usage",
+    metadata,
+    Column("hour", BigInteger, primary_key=True),
+    Column("team", String(128), primary_key=True),
+    Column("key_id", String(32), primary_key=True),
+    Column("model", String(128), primary_key=True),
+    Column("version", String(128), primary_key=True),
+    Column("num_requests", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("generated_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+)
+spending = Table(
+    "spending",
+    metadata,
+    Column("team", String(128), primary_key=True),
+    Column("month", String(7), primary_key=True),
+    Column("tokens", BigInteger, nullable=False),
+)
+leases = Table(
+    "leases",
+    metadata,
+    Column("writer", String(64), primary_key=True),
+    Column("epoch", BigInteger, primary_key=True),
+    Column("team", String(128), primary_key=True),
+    Column("month", String(7), primary_key=True),
+    Column("tokens", BigInteger, nullable=False),
+)
+# The last batch of each writer and its answer: a repeated batch is answered, not applied.
+writers = Table(
+    "writers",
+    metadata,
+    Column("writer", String(64), primary_key=True),
+    Column("sequence", BigInteger, nullable=False),
+    Column("answer", Text, nullable=False),
+    Column("seen_s", BigInteger, nullable=False, index=True),
+)
+
+
+def ledger_url(given: str | None = None) -> URL:
+    """Return the URL of a ledger given as a path or URL, unset: where the environment says.
+
+    That is RAYSMITH_LEDGER, else `ledger.db` in the folder of this user's state. Raises ConfigError
+    for what is neither SQLite nor PostgreSQL.
+    """
+    given = given or os.environ.get(LEDGER_VARIABLE) or str(state_folder() / "ledger.db")
+    if "://" not in given:
+        return URL.create("sqlite", database=str(resolve_output(given)))
+    try:
+        url = make_url(given)
+    except ArgumentError:
+        raise ConfigError(
+            "the ledger's URL cannot be read. Write postgresql://HOST/NAME."
+        ) from None
+    backend = url.get_backend_name()
+    if backend == "sqlite" and url.database:
+        return url.set(database=str(resolve_output(url.database)))
+    if backend in {"postgresql", "postgres"}:
+        return url.set(drivername="postgresql+psycopg")
+    raise ConfigError(
+        f"the ledger `{url.render_as_string()}` is neither a path, sqlite:///PATH nor "
+        "postgresql://HOST/NAME. Give one of these."
+    )
+
+
+def public_url(given: str | None = None) -> str | None:
+    """Return how a configuration that others may read names a ledger; None: as the environment.
+
+    A path is made absolute, since whoever reads it may run in another folder. Raises ConfigError if
+    a URL with a password is given.
+    """
+    url = ledger_url(given)
+    if is_file(url):
+        return url.database
+    if not given:
+        return None
+    if url.password is not None:
+        raise ConfigError(
+            "the ledger's URL has a password, which a deployed configuration would show. Put it in "
+            f"~/.pgpass, or set {LEDGER_VARIABLE} where the cluster is started and give no ledger."
+        )
+    return url.render_as_string()
+
+
+def is_file(url: URL) -> bool:
+    """Return whether the ledger is an SQLite file, which only processes of its machine share."""
+    return url.get_backend_name() == "sqlite"
+
+
+def open_engine(url: URL) -> Engine:
+    """Return an engine over a ledger of this version; a new one is made if there is none.
+
+    Raises LedgerError if it cannot be opened or is newer.
+    """
+    with ledger_errors(url):
+        engine = _sqlite_engine(url) if is_file(url) else _postgres_engine(url)
+        try:
+            _prepare(engine)
+        except BaseException:
+            engine.dispose()
+            raise
+    return engine
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """Yield a connection inside a transaction that may write; it is committed at the end."""
+    with (
+        ledger_errors(engine.url),
+        engine.connect().execution_options(is_writer=True) as connection,
+        connection.begin(),
+    ):
+        yield connection
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """Yield a connection that reads one state of the ledger."""
+    with ledger_errors(engine.url), engine.connect() as connection:
+        yield connection
+
+
+@contextmanager
+def ledger_errors(url: URL) -> Iterator[None]:
+    """Turn the database's errors into LedgerError that names the ledger, without a password."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+        where = url.database if is_file(url) else url.render_as_string(hide_password=True)
+        raise LedgerError(f"the ledger {where} cannot be used: {reason}. Check it.") from error
+
+
+def _sqlite_engine(url: URL) -> Engine:
+    assert url.database is not None, "ledger_url gives a path"
+    path = Path(url.database)
+    with storage_errors(f"making the ledger {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Only where there is no file yet: closing one that SQLite has open in this process would
+        # drop SQLite's locks on it (see "How To Corrupt An SQLite Database File", 2.2).
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    _use_log(path)
+    engine = create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S})
+    event.listen(engine, "connect", _set_up_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _use_log(path: Path) -> None:
+    """Switch the file to a write-ahead log, once in its life."""
+    try:
+        with closing(sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+    except sqlite3.Error as error:
+        raise LedgerError(
+            f"{path} cannot be used as a ledger: {error}. Give the path of another file."
+        ) from None
+
+
+def _set_up_sqlite(connection: Any, record: Any) -> None:
+    del record
+    connection.isolation_level = None  # the driver begins nothing: `_begin_sqlite` does
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    is_writer = connection.get_execution_options().get("is_writer", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writer else "BEGIN")
+
+
+def _postgres_engine(url: URL) -> Engine:
+    try:
+        return create_engine(url, pool_pre_ping=True, pool_size=2)
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "a ledger in PostgreSQL needs psycopg. Run: pip install 'raysmith[postgres]'"
+        ) from None
+
+
+def _prepare(engine: Engine) -> None:
+    """Create the tables if there are none, else check that they are ours and of this version."""
+    with writing(engine) as connection:
+        if engine.dialect.name == "postgresql":
+            lock = text("SELECT pg_advisory_xact_lock(:lock)")
+            connection.execute(lock, {"lock": _CREATE_LOCK})
+        if not inspect(connection).has_table(state.name):
+            metadata.create_all(connection)
+            row = {"id": 1, "version": SCHEMA_VERSION, "revision": 1}
+            connection.execute(insert(state).values(row))
+        found = connection.execute(select(state.c.version)).scalar_one()
+    if found > SCHEMA_VERSION:
+        raise LedgerError(
+            f"the ledger {engine.url.database} has version {found}; this Raysmith knows "
+            f"versions up to {SCHEMA_VERSION}. Upgrade Raysmith, or give another ledger."
+        )

@@ -1,0 +1,91 @@
+"""Weights in blocks of 32 outputs, as the C++ kernels read them, and calls that share that form.
+
+Takes weights; gives packed bytes (the layouts are described in csrc/linear*), and the whole
+`run` of an operator from the part that writes in place. It does not know how products are made.
+
+O outputs, padded to K blocks of E = 32; I inputs; N rows
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from jobs.kernels import native
+from jobs.kernels.formats import Scheme
+from jobs.kernels.operator import InPlace, Operator, Packed, Problem, Weight
+from jobs.kernels.rows import QuantizedRows, quantize
+
+BLOCK = 32
+_HUGE_PAGE_BYTES = 2 << 20
+_advise = native.function("rs_advise_huge_pages", "pn")
+
+
+def refuses(problem: Problem, *, group_multiple: int = 1) -> str | None:
+    """Return why the C++ kernels cannot run a problem, or None."""
+    if problem.device.type != "cpu":
+        return "it runs on CPUs only"
+    if problem.dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes float32 and bfloat16, not {problem.dtype}"
+    group_size = problem.layout.group_size
+    if group_size is not None and group_size % group_multiple:
+        return f"it takes groups that are multiples of {group_multiple}, not {group_size}"
+    return native.why_unavailable()
+
+
+def pad_outputs(weight_OI: Tensor) -> Tensor:
+    """Return a weight with rows of zeros added up to whole blocks."""
+    return functional.pad(weight_OI, (0, 0, 0, -weight_OI.shape[0] % BLOCK))
+
+
+def resident(packed: Tensor) -> Tensor:
+    """Return a copy in memory of large pages, which is where weights are streamed from."""
+    copy = torch.empty(packed.shape, dtype=packed.dtype)
+    if copy.nbytes >= _HUGE_PAGE_BYTES:
+        _advise(native.address(copy), copy.nbytes)
+    return copy.copy_(packed)
+
+
+def join(parts: list[Packed], outputs: list[int]) -> Packed | None:
+    """Return packed weights of several layers as those of one; None if a block would be shared."""
+    if any(count % BLOCK for count in outputs[:-1]):
+        return None
+    return tuple(resident(torch.cat(tensors)) for tensors in zip(*parts, strict=True))
+
+
+def part(parts: list[Packed], number: int, joined: Packed) -> Packed:
+    """Return the part of joined weights that one of the layers is, sharing memory."""
+    found = []
+    for place, tensor in enumerate(joined):
+        first = sum(packed[place].shape[0] for packed in parts[:number])
+        found.append(tensor[first : first + parts[number][place].shape[0]])
+    return tuple(found)
+
+
+def run(
+    x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem, *, in_place: InPlace
+) -> Tensor:
+    """Return y_NO in x's dtype by an operator that writes in place."""
+    x_NI = x_NI.float()
+    if x_NI.stride(-1) != 1:
+        x_NI = x_NI.contiguous()
+    y_NO = torch.empty((x_NI.shape[0], problem.out_features))
+    bias_O = None if bias_O is None else bias_O.float()
+    rows: Tensor | QuantizedRows = quantize(x_NI) if in_place.takes_int8 else x_NI
+    in_place.multiply(rows, packed, bias_O, y_NO, problem, False)
+    return y_NO.to(problem.dtype)
+
+
+def operator(
+    name: str,
+    scheme: Scheme,
+    refuses: Callable[[Problem], str | None],
+    pack: Callable[[Weight, Problem], Packed],
+    in_place: InPlace,
+) -> Operator:
+    """Return an operator that runs by its in-place form."""
+    return Operator(
+        name, scheme, refuses, pack, functools.partial(run, in_place=in_place), in_place
+    )

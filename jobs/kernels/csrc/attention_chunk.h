@@ -1,0 +1,147 @@
+// The inner loops of attention: scores of a few queries on a chunk of keys, and sums of its values.
+//
+// Sums are held in registers, one lane a key or a feature, and every lane adds in order: a row's
+// result is bitwise the same beside any other rows.
+#pragma once
+
+#include <type_traits>
+
+#include "vector.h"
+
+namespace rs {
+
+constexpr int64_t kMaxSlots = 512;    // of a block, or of the blocks of a chunk
+constexpr int64_t kFetchVectors = 4;  // how many vectors ahead keys are fetched
+constexpr int64_t kRowBlock = 8;      // rows whose sums are held in registers
+constexpr int64_t kMaxVectors = kMaxSlots / 16;
+
+// Keys that are taken together: vectors of 16 slots, and the blocks whose slots they are. Slots
+// behind a block's end are padding, which nobody sees.
+template <class T>
+struct Chunk {
+    int64_t num_vectors, num_blocks;
+    const T* keys[kMaxVectors];
+    const T* values[kMaxVectors];  // of the same tokens, to be fetched early
+    const float* key_scales[kMaxVectors];
+    const float* value_scales[kMaxVectors];
+    int64_t position[kMaxVectors];  // of the vector's first slot
+    int64_t num_slots[kMaxVectors];
+    const T* block_values[kMaxVectors];
+    int64_t first_slot[kMaxVectors], last_slot[kMaxVectors];  // seen by any row, in each block
+
+    // Lanes of vector v that hold positions [first, last].
+    __mmask16 lanes(int64_t v, int64_t first, int64_t last) const {
+        const int64_t stop = std::min(num_slots[v], last + 1 - position[v]);
+        return static_cast<__mmask16>(first_lanes(stop) & ~first_lanes(first - position[v]));
+    }
+};
+
+// scores[r][0..16 NV) = q[r] . keys, for R rows and vectors [v, v + NV) of a chunk. Each vector has
+// its own address: with blocks of 16 the next vector lies in another block. A tile of few rows waits
+// for memory rather than for sums, so it asks for later keys and these tokens' values on the way.
+template <class T, int R, int NV, bool kFetch>
+inline void score_block(const float* q, int64_t dim, const Chunk<T>& chunk, int64_t v0,
+                        int64_t slots, float* scores, int64_t score_stride) {
+    const T* keys[NV];
+    const T* later_keys[NV];
+    const T* values[NV];
+    __m512 sums[R][NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+        keys[v] = chunk.keys[v0 + v];
+        later_keys[v] = chunk.keys[std::min(v0 + v + kFetchVectors, chunk.num_vectors - 1)];
+        values[v] = chunk.values[v0 + v];
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) sums[r][v] = _mm512_setzero_ps();
+    }
+    const auto add = [&](int64_t d) {
+        __m512 key[NV];
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) key[v] = load16(keys[v] + d * slots);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const __m512 query = _mm512_set1_ps(q[r * dim + d]);
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; ++v) sums[r][v] = _mm512_fmadd_ps(query, key[v], sums[r][v]);
+        }
+    };
+    constexpr int kLineFeatures = 64 / (16 * sizeof(T));  // with blocks of 16
+    int64_t d = 0;
+    for (; d + kLineFeatures <= dim; d += kLineFeatures) {
+        if constexpr (kFetch) {
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; ++v) {
+                _mm_prefetch(later_keys[v] + d * slots, _MM_HINT_T0);
+                _mm_prefetch(values[v] + d * 16, _MM_HINT_T1);
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kLineFeatures; ++i) add(d + i);
+    }
+    for (; d < dim; ++d) add(d);
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+        __m512 scale = _mm512_undefined_ps();
+        if constexpr (std::is_same_v<T, int8_t>) scale = _mm512_loadu_ps(chunk.key_scales[v0 + v]);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            __m512 score = sums[r][v];
+            if constexpr (std::is_same_v<T, int8_t>) score = _mm512_mul_ps(score, scale);
+            _mm512_storeu_ps(scores + r * score_stride + 16 * v, score);
+        }
+    }
+}
+
+// o[r][0..16 NV) += weights[r] . values, over the visible slots of each block of the chunk.
+template <class T, int R, int NV>
+inline void mix_block(const float* weights, int64_t weight_stride, const Chunk<T>& chunk,
+                      int64_t column, int64_t slots, int64_t padded_dim, float* o) {
+    __m512 sums[R][NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) sums[r][v] = _mm512_loadu_ps(o + r * padded_dim + 16 * v);
+    }
+    for (int64_t b = 0; b < chunk.num_blocks; ++b) {
+        const T* values = chunk.block_values[b] + column;
+        for (int64_t s = chunk.first_slot[b]; s < chunk.last_slot[b]; ++s) {
+            const T* row = values + s * padded_dim;
+            __m512 value[NV];
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; ++v) value[v] = load16(row + 16 * v);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const __m512 weight = _mm512_set1_ps(weights[r * weight_stride + b * slots + s]);
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; ++v) {
+                    sums[r][v] = _mm512_fmadd_ps(weight, value[v], sums[r][v]);
+                }
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) _mm512_storeu_ps(o + r * padded_dim + 16 * v, sums[r][v]);
+    }
+}
+
+// Call f with the number of rows as a constant.
+template <class F>
+inline void with_rows(int64_t rows, const F& f) {
+    switch (rows) {
+        case 1: return f(std::integral_constant<int, 1>{});
+        case 2: return f(std::integral_constant<int, 2>{});
+        case 3: return f(std::integral_constant<int, 3>{});
+        case 4: return f(std::integral_constant<int, 4>{});
+        case 5: return f(std::integral_constant<int, 5>{});
+        case 6: return f(std::integral_constant<int, 6>{});
+        case 7: return f(std::integral_constant<int, 7>{});
+        default: return f(std::integral_constant<int, 8>{});
+    }
+}
+
+}  // namespace rs

@@ -1,0 +1,139 @@
+// What the products of linear layers share: y[n, o] = sum_i x[n, i] * w[o, i], then bias, then y.
+//
+// Outputs are computed in blocks of 32, two vectors of 16 lanes, one lane an output. A block's
+// weights lie in memory in the order in which they are read, inputs outermost, so that one row
+// streams them from memory once, at its full rate. Outputs are padded to whole blocks with weights
+// of zero.
+//
+// A tile is a few rows of one block, kept in registers from the first input to the last. Every
+// sum is made in one lane, inputs in order, whatever the tile: a row's result is bitwise the same
+// beside any other rows and with any number of threads.
+#pragma once
+
+#include <array>
+#include <utility>
+
+#include "products.h"
+#include "vector.h"
+
+// Full unrolling keeps the tile in registers: without it GCC leaves the arrays on the stack.
+#define RS_UNROLL _Pragma("GCC unroll 16")
+
+namespace rs {
+
+constexpr int64_t kLanes = 16;
+constexpr int kVectors = 2;  // vectors of a block
+constexpr int64_t kBlockOutputs = kLanes * kVectors;
+constexpr int64_t kLine = 64;           // bytes of a cache line
+constexpr int64_t kStep = 2 * kLine;    // bytes of a block's weights that one step reads
+constexpr int64_t kReach = 8192;        // how far ahead of a single pass weights are asked for
+
+// Where results go: row n of y begins at y + n * stride.
+struct Output {
+    float* y;
+    int64_t stride;
+    int64_t outputs;
+    const float* bias;  // null: none
+    Mode mode;
+
+    // Blocks of gates, before the blocks that they gate; 0 for none.
+    int64_t gates() const { return mode == Mode::kGate ? outputs / kBlockOutputs / 2 : 0; }
+    bool is_gated(int64_t block) const { return mode == Mode::kGate && block >= gates(); }
+
+    float* target(int64_t row, int64_t block) const {
+        const int64_t place = is_gated(block) ? block - gates() : block;
+        return y + row * stride + place * kBlockOutputs;
+    }
+
+    // Take ownership of the lines a tile will write, so that its stores do not wait for memory.
+    void fetch(int64_t row, int64_t block) const {
+        const float* lines = target(row, block);
+        __builtin_prefetch(lines, 1);
+        __builtin_prefetch(lines + kLanes, 1);
+    }
+
+    void store(int64_t row, int64_t block, int vector, __m512 value) const {
+        const int64_t first = block * kBlockOutputs + vector * kLanes;
+        const __mmask16 mask = first_lanes(outputs - first);
+        if (!mask) return;
+        float* lane = target(row, block) + vector * kLanes;
+        if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, bias + first));
+        if (mode == Mode::kAdd) {
+            value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, lane), value);
+        } else if (is_gated(block)) {
+            value = gated(_mm512_maskz_loadu_ps(mask, lane), value);
+        }
+        _mm512_mask_storeu_ps(lane, mask, value);
+    }
+};
+
+// Fetches weights while others are multiplied: a tile calls step() once for every kStep bytes that
+// it reads. The hardware's own prefetching does not reach far enough ahead of one pass, and stops
+// when a block is read again for more rows, so that the next block would begin with a wait.
+struct Prefetch {
+    const char* at;
+    int64_t second;
+    int64_t advance;
+
+    void step() {
+        _mm_prefetch(at, _MM_HINT_T0);
+        _mm_prefetch(at + second, _MM_HINT_T0);
+        at += advance;
+    }
+};
+
+// The part of the next block that one of `passes` over this block fetches.
+inline Prefetch prefetch_for(const uint8_t* weights, int64_t block_bytes, int64_t pass,
+                             int64_t passes) {
+    const char* here = reinterpret_cast<const char*>(weights);
+    if (passes == 1) return {here + std::min(block_bytes, kReach), kLine, kStep};
+    // Two passes fetch a line a step each, which is as fast as memory answers; the rest, nothing.
+    if (pass < 2) return {here + block_bytes + pass * (block_bytes / 2), 0, kLine};
+    return {here, 0, 0};
+}
+
+// Compute all rows of all blocks, a block right behind the one that gates it. Kernel has `kMaxRows`,
+// `out`, `weights(block)`, `block_bytes` and `tile<rows>(row, block, prefetch)`.
+template <class Kernel, size_t... Rows>
+void run_tiles(const Kernel& kernel, int64_t rows, int64_t blocks, int threads,
+               std::index_sequence<Rows...>) {
+    using Tile = void (Kernel::*)(int64_t, int64_t, Prefetch) const;
+    static constexpr std::array<Tile, sizeof...(Rows)> kTiles{
+        &Kernel::template tile<static_cast<int>(Rows) + 1>...};
+    const int64_t passes = ceil_div(rows, sizeof...(Rows));
+    const auto compute = [&](int64_t block) {
+        for (int64_t pass = 0; pass < passes; ++pass) {
+            const int64_t first = rows * pass / passes, last = rows * (pass + 1) / passes;
+            const Prefetch prefetch =
+                prefetch_for(kernel.weights(block), kernel.block_bytes, pass, passes);
+            (kernel.*kTiles[last - first - 1])(first, block, prefetch);
+        }
+    };
+    const int64_t gates = kernel.out.gates();
+    parallel_ranges(gates ? gates : blocks, threads, [&](int64_t block) {
+        compute(block);
+        if (gates) compute(block + gates);
+    });
+}
+
+template <class Kernel>
+void run_linear(const Kernel& kernel, int64_t rows, int64_t outputs, int threads) {
+    run_tiles(kernel, rows, ceil_div(outputs, kBlockOutputs), threads,
+              std::make_index_sequence<Kernel::kMaxRows>{});
+}
+
+// bfloat16 values in pairs: lane n holds value n of one vector in its low half, of another in its
+// high half. Widening is exact.
+inline __m512 widen_low(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+inline __m512 widen_high(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF0000)));
+}
+
+// The same 4 bytes in every lane.
+inline __m512i broadcast4(const int8_t* bytes) {
+    int32_t value;
+    __builtin_memcpy(&value, bytes, sizeof value);
+    return _mm512_set1_epi32(value);
+}
+
+}  // namespace rs

@@ -1,0 +1,76 @@
+// Dense bfloat16 weights, rows in float32.
+//
+// Weights are widened, which is exact, and multiplied in float32, so results differ from a float32
+// layer's by the order of summation alone. vdpbf16ps would round the rows to 8 bits of mantissa.
+// Packed weights: bfloat16 [blocks, I / 2, 32, 2], I padded to even.
+#include "linear.h"
+
+namespace rs {
+namespace {
+
+struct Dense {
+    static constexpr int kMaxRows = 12;
+
+    const float* x;
+    int64_t x_stride;
+    int64_t inputs;
+    const uint8_t* packed;
+    Output out;
+    int64_t block_bytes;
+
+    const uint8_t* weights(int64_t block) const { return packed + block * block_bytes; }
+
+    template <int R>
+    void tile(int64_t row, int64_t block, Prefetch prefetch) const {
+        __m512 sums[R][kVectors];
+        RS_UNROLL for (int r = 0; r < R; ++r) {
+            out.fetch(row + r, block);
+            sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+        }
+        const uint8_t* at = weights(block);
+        const float* rows = x + row * x_stride;
+        int64_t i = 0;
+        for (; i + 1 < inputs; i += 2, at += kStep) {
+            prefetch.step();
+            __m512 first[kVectors], second[kVectors];
+            RS_UNROLL for (int v = 0; v < kVectors; ++v) {
+                const __m512i pairs = _mm512_load_si512(at + v * kLine);
+                first[v] = widen_low(pairs), second[v] = widen_high(pairs);
+            }
+            RS_UNROLL for (int r = 0; r < R; ++r) {
+                const float* input = rows + r * x_stride + i;
+                const __m512 one = _mm512_set1_ps(input[0]);
+                sums[r][0] = _mm512_fmadd_ps(first[0], one, sums[r][0]);
+                sums[r][1] = _mm512_fmadd_ps(first[1], one, sums[r][1]);
+                const __m512 two = _mm512_set1_ps(input[1]);
+                sums[r][0] = _mm512_fmadd_ps(second[0], two, sums[r][0]);
+                sums[r][1] = _mm512_fmadd_ps(second[1], two, sums[r][1]);
+            }
+        }
+        RS_UNROLL for (int v = 0; v < kVectors; ++v) {
+            if (i < inputs) {  // an odd number of inputs: the last has no partner
+                const __m512 last = widen_low(_mm512_load_si512(at + v * kLine));
+                RS_UNROLL for (int r = 0; r < R; ++r) {
+                    const __m512 input = _mm512_set1_ps(rows[r * x_stride + i]);
+                    sums[r][v] = _mm512_fmadd_ps(last, input, sums[r][v]);
+                }
+            }
+            RS_UNROLL for (int r = 0; r < R; ++r) out.store(row + r, block, v, sums[r][v]);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace rs
+
+RS_EXPORT void rs_linear_dense(const float* x, const uint8_t* packed, const float* bias, float* y,
+                               int64_t rows, int64_t inputs, int64_t outputs, int64_t x_stride,
+                               int64_t y_stride, rs::Mode mode, int32_t threads) {
+    const rs::Dense kernel{x,
+                           x_stride,
+                           inputs,
+                           packed,
+                           {y, y_stride, outputs, bias, mode},
+                           rs::ceil_div(inputs, 2) * rs::kStep};
+    rs::run_linear(kernel, rows, outputs, threads);
+}

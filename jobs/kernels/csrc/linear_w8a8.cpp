@@ -1,0 +1,76 @@
+// W8A8: int8 weights with a scale per output, rows quantized to int8.
+//
+// Packed weights: uint8 [blocks, I / 4, 32, 4], each w + 128; I padded to the rows' stride. The sums
+// are exact integers: 255 * 127 * I stays below 2^31 up to I = 66,000.
+#include <numeric>
+#include <vector>
+
+#include "linear.h"
+#include "quantize.h"
+
+namespace rs {
+namespace {
+
+struct W8A8 {
+    static constexpr int kMaxRows = 12;
+
+    QuantizedRows x;
+    const uint8_t* packed;
+    const float* scales;
+    const int32_t* offsets;  // of each row: what the weights' offset of 128 adds, negated
+    Output out;
+    int64_t block_bytes;
+
+    const uint8_t* weights(int64_t block) const { return packed + block * block_bytes; }
+
+    template <int R>
+    void tile(int64_t row, int64_t block, Prefetch prefetch) const {
+        __m512i sums[R][kVectors];
+        RS_UNROLL for (int r = 0; r < R; ++r) {
+            sums[r][0] = sums[r][1] = _mm512_set1_epi32(offsets[row + r]);
+        }
+        RS_UNROLL for (int r = 0; r < R; ++r) out.fetch(row + r, block);
+        const uint8_t* w = weights(block);
+        const int8_t* values = x.row(row);
+        for (int64_t i = 0; i < x.stride; i += 4, w += kStep) {
+            prefetch.step();
+            const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + kLine);
+            RS_UNROLL for (int r = 0; r < R; ++r) {
+                const __m512i inputs = broadcast4(values + r * x.stride + i);
+                sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], w0, inputs);
+                sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], w1, inputs);
+            }
+        }
+        RS_UNROLL for (int v = 0; v < kVectors; ++v) {
+            const __m512 scale = _mm512_load_ps(scales + block * kBlockOutputs + v * kLanes);
+            RS_UNROLL for (int r = 0; r < R; ++r) {
+                const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]),
+                                               _mm512_set1_ps(x.scales[row + r]));
+                out.store(row + r, block, v, _mm512_mul_ps(y, scale));
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace rs
+
+RS_EXPORT void rs_linear_w8a8(const int8_t* values, const float* row_scales, const int32_t* sums,
+                              const uint8_t* packed, const float* scales, const float* bias,
+                              float* y, int64_t rows, int64_t inputs, int64_t outputs,
+                              int64_t y_stride, rs::Mode mode, int32_t threads) {
+    const int64_t stride = rs::padded_inputs(inputs);
+    const rs::QuantizedRows x{values, row_scales, sums, rows, stride};
+    std::vector<int32_t> offsets(rows);
+    for (int64_t n = 0; n < rows; ++n) {
+        const int32_t* row_sums = x.row_sums(n);
+        offsets[n] = -128 * std::accumulate(row_sums, row_sums + stride / rs::kSumBlock, 0);
+    }
+    const rs::W8A8 kernel{x,
+                          packed,
+                          scales,
+                          offsets.data(),
+                          {y, y_stride, outputs, bias, mode},
+                          stride * rs::kBlockOutputs};
+    rs::run_linear(kernel, rows, outputs, threads);
+}

@@ -1,0 +1,60 @@
+"""Operators for dense weights in bfloat16, rows in float32 or bfloat16.
+
+Takes rows of activations and a weight; gives rows of outputs. With float32 rows all compute in
+float32, so they differ by the order of sums alone.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from jobs.kernels import blocks, native
+from jobs.kernels.operator import InPlace, Operator, Packed, Problem, Weight, never_refuses
+from jobs.kernels.rows import QuantizedRows
+
+_multiply = native.function("rs_linear_dense", "ppppnnnnnii")
+
+
+def _refuses_avx512(problem: Problem) -> str | None:
+    if problem.dtype != torch.float32:
+        return f"it computes float32, not {problem.dtype}"
+    return blocks.refuses(problem)
+
+
+def _pack_avx512(weight: Weight, problem: Problem) -> Packed:
+    assert isinstance(weight, Tensor), "this operator takes dense weights"
+    weight_OI = blocks.pad_outputs(weight.to(torch.bfloat16))
+    weight_OI = functional.pad(weight_OI, (0, weight_OI.shape[1] % 2))
+    by_two = weight_OI.unflatten(1, (-1, 2)).unflatten(0, (-1, blocks.BLOCK)).transpose(1, 2)
+    return (blocks.resident(by_two.flatten(1)),)
+
+
+def _multiply_avx512(
+    x: Tensor | QuantizedRows,
+    packed: Packed,
+    bias_O: Tensor | None,
+    y_NO: Tensor,
+    problem: Problem,
+    accumulate: bool,  # noqa: FBT001 - as InPlace.multiply declares
+) -> None:
+    assert isinstance(x, Tensor), "this operator takes float32 rows"
+    sizes = (x.shape[0], problem.in_features, problem.out_features, x.stride(0), y_NO.stride(0))
+    addresses = map(native.address, (x, *packed, bias_O, y_NO))
+    _multiply(*addresses, *sizes, accumulate, native.num_threads())
+
+
+def _pack_torch(weight: Weight, problem: Problem) -> Packed:
+    assert isinstance(weight, Tensor), "this operator takes dense weights"
+    return (weight.to(problem.dtype),)
+
+
+def _run_torch(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
+    return functional.linear(x_NI, packed[0], bias_O)
+
+
+OPERATORS = (
+    blocks.operator(
+        "avx512", "bf16", _refuses_avx512, _pack_avx512, InPlace(False, _multiply_avx512)
+    ),
+    Operator("dense", "bf16", never_refuses, _pack_torch, _run_torch),
+)

@@ -1,0 +1,99 @@
+"""The compiled C++ kernels, as functions that take pointers.
+
+Takes nothing; gives the loaded library, built first where it is missing, and the small things that
+every binding needs. It does not know what a kernel computes: bindings live beside their operators.
+
+A binding declares its function once and passes addresses, sizes in elements, and the number of
+threads last:
+
+    _norm = native.function("rs_rms_norm", "ppnnnfi")
+    _norm(native.address(x), native.address(y), rows, columns, stride, eps, native.num_threads())
+
+Every tensor passed must be contiguous where the kernel takes no stride, and must outlive the call.
+"""
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cluster.errors import EngineError, RaysmithError
+from jobs.kernels import build
+
+_logger = logging.getLogger(__name__)
+# p address, n size or stride in elements, i int32, f float32
+_TYPES = {
+    "p": ctypes.c_void_p,
+    "n": ctypes.c_int64,
+    "i": ctypes.c_int32,
+    "f": ctypes.c_float,
+}
+
+
+def why_unavailable() -> str | None:
+    """Return why the kernels cannot be used in this process, or None; builds them if missing."""
+    return _load()[1]
+
+
+def is_available() -> bool:
+    """Return whether the kernels can be used in this process; builds them if missing."""
+    return _load()[1] is None
+
+
+def library_name() -> str:
+    """Return the loaded library's file name, which changes with its sources, compiler and CPU."""
+    return str(_library()._name).rpartition("/")[2]
+
+
+def function(name: str, signature: str) -> Callable[..., None]:
+    """Return a kernel by name; `signature` holds a letter per argument: p, n, i or f.
+
+    The library is loaded by the first call. Raises EngineError where it is not available.
+    """
+    types = [_TYPES[letter] for letter in signature]
+
+    @functools.cache
+    def resolve() -> Callable[..., None]:
+        found = getattr(_library(), name)
+        found.argtypes = types
+        found.restype = None
+        return found
+
+    def call(*arguments: object) -> None:
+        resolve()(*arguments)
+
+    return call
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Return where a tensor's first element lies; None (a null pointer) for no tensor."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def num_threads() -> int:
+    """Return how many threads a kernel may use: as many as torch's operators."""
+    return torch.get_num_threads()
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise EngineError(f"the C++ kernels are not available: {reason}.")
+    return library
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """Load the library once a process; the reason is logged once, here."""
+    reason = build.why_impossible()
+    if reason is None:
+        try:
+            # torch, imported above, has loaded the OpenMP runtime that this library calls.
+            return ctypes.CDLL(str(build.build())), None
+        except (RaysmithError, OSError) as error:
+            reason = str(error)
+    _logger.warning("C++ kernels are not used, PyTorch's operators are: %s", reason)
+    return None, reason

@@ -1,0 +1,176 @@
+"""The commands `raysmith models` and `serve`: published models, and which of them answer.
+
+Takes words; changes the registry or hands over to a deployment or a rollout.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import parse_config
+from cluster.errors import ConfigError
+from cluster.session import find_session
+from cluster.storage import resolve_output
+from jobs.entry import guard, print_json
+
+models_app = typer.Typer(help="Published models: list, publish, promote, roll back.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print data as JSON.")]
+ClusterName = Annotated[str, typer.Option("--name", help="Name of the local cluster.")]
+RegistryRoot = Annotated[str, typer.Option("--registry", help="Folder of the registry.")]
+
+
+@models_app.command("list")
+def list_models(registry: RegistryRoot = "runs/registry", json: Json = False) -> int:
+    """List every published version."""
+    from jobs.registry import Registry
+
+    def action() -> None:
+        entries = [e.model_dump(mode="json") for e in Registry(resolve_output(registry)).entries()]
+        if json:
+            print_json({"models": entries})
+            return
+        table = Table("model", "aliases", "size", "published", title="published models")
+        for entry in entries:
+            table.add_row(
+                f"{entry['name']}@{entry['version']}",
+                ", ".join(entry["aliases"]),
+                f"{entry['size_bytes'] / 2**20:.2f} MiB",
+                entry["published_at"],
+            )
+        Console().print(table)
+
+    return guard(action)
+
+
+@models_app.command("publish")
+def publish_model(
+    source: Annotated[Path, typer.Argument(help="Model directory whose manifest passed the gate.")],
+    name: Annotated[str, typer.Argument(help="Name to publish under.")],
+    version: Annotated[str | None, typer.Option(help="Version; unset: the next number.")] = None,
+    registry: RegistryRoot = "runs/registry",
+    promote: Annotated[bool, typer.Option(help="Point name@production to it.")] = False,
+) -> int:
+    """Publish a model directory as an immutable version."""
+    from jobs.config import PublishConfig
+    from jobs.publish import publish
+
+    def action() -> None:
+        values = {"registry": registry, "name": name, "version": version, "promote": promote}
+        config = parse_config(PublishConfig, values, "raysmith models publish")
+        Console().print(f"published {publish(resolve_output(source), config).reference}")
+
+    return guard(action)
+
+
+@models_app.command("promote")
+def promote_model(
+    reference: Annotated[str, typer.Argument(help="name@version.")],
+    registry: RegistryRoot = "runs/registry",
+    canary: Annotated[
+        str | None,
+        typer.Option(help="Share of the requests at first, as 10% or 0.1; unset: only the alias."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Of the rollout, as limits.watch_s=120."),
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the rollout until it ends.")] = True,
+    session: ClusterName = "default",
+) -> int:
+    """Point name@production to a version; with --canary let it take over what is served, too."""
+    if canary is None:
+        return _change_alias(reference, registry, lambda r, name, version: r.promote(name, version))
+    from jobs.submit import submit_job
+
+    outcome: list[int] = []
+
+    def action() -> None:
+        _parts(reference)
+        values = {"model": reference, "registry": registry, "limits.canary_ratio": _ratio(canary)}
+        given = [f"{key}={value}" for key, value in values.items()] + list(overrides or ())
+        arguments = [word for each in given for word in ("--set", each)]
+        outcome.append(submit_job(find_session(session), "promote", arguments, wait=wait))
+
+    return guard(action) or outcome[0]
+
+
+@models_app.command("rollback")
+def roll_back_model(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    registry: RegistryRoot = "runs/registry",
+) -> int:
+    """Point name@production back to the version before."""
+    return _change_alias(f"{name}@-", registry, lambda r, model, _: r.roll_back(model))
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="name@version or name@production.")],
+    ledger: Annotated[
+        str | None, typer.Option(help="Ledger of teams and keys; unset: RAYSMITH_LEDGER, or yours.")
+    ] = None,
+    registry: RegistryRoot = "runs/registry",
+    replicas: Annotated[int, typer.Option(min=1, help="Replicas of the engine.")] = 1,
+    min_replicas: Annotated[
+        int, typer.Option(min=0, help="Fewest replicas where they scale; 0: none while idle.")
+    ] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Most replicas; unset: their number is fixed.")
+    ] = None,
+    name: ClusterName = "default",
+) -> int:
+    """Offer a published model over REST."""
+    from cluster.serve_api import serve_api
+    from jobs.config import DeployConfig
+    from jobs.deploy import deploy
+
+    def action() -> None:
+        session = find_session(name)
+        scaling = None
+        if max_replicas is not None:
+            scaling = {"min_replicas": min_replicas, "max_replicas": max_replicas}
+        values = {
+            "model": model,
+            "ledger": ledger,
+            "num_replicas": replicas,
+            "scaling": scaling,
+        }
+        config = parse_config(DeployConfig, values, "raysmith serve")
+        entry = deploy(config, registry, serve_api(session))
+        Console().print(f"{entry.reference} answers at {session.serve_url}/v1")
+
+    return guard(action)
+
+
+def _change_alias(reference: str, root: str, change: Callable[[Any, str, str], Any]) -> int:
+    from jobs.registry import Registry
+
+    def action() -> None:
+        name, version = _parts(reference)
+        entry = change(Registry(resolve_output(root)), name, version)
+        Console().print(f"{name}@production is now {entry.reference}")
+
+    return guard(action)
+
+
+def _parts(reference: str) -> tuple[str, str]:
+    name, separator, version = reference.partition("@")
+    if not separator or not version:
+        raise ConfigError(f"`{reference}` names no version. Give name@version.")
+    return name, version
+
+
+def _ratio(text: str) -> float:
+    """Return a share in (0, 1) written as 10% or 0.1."""
+    number, is_percent = (text[:-1], True) if text.endswith("%") else (text, False)
+    try:
+        ratio = float(number) / (100 if is_percent else 1)
+    except ValueError:
+        ratio = 0.0
+    if not 0 < ratio < 1:
+        raise ConfigError(f"`--canary` = {text}: expected a share like 10% or 0.1.")
+    return ratio

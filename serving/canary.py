@@ -1,0 +1,295 @@
+"""A rollout's stage on a cluster: the new version's application, its share, and what is seen of it.
+
+Takes a PromoteConfig and Ray Serve's API; carries out what `serving.promote` decides. It does not
+judge what it sees.
+"""
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cluster.accounting import Key, Scope, Team
+from cluster.errors import AccountError, ConfigError
+from cluster.ledger import Ledger
+from cluster.storage import resolve_output
+from jobs.deploy import (
+    Api,
+    App,
+    apply,
+    engine_name,
+    published_s,
+    routes_of,
+    running_apps,
+    wait_until_running,
+    with_routes,
+    without_other_versions,
+)
+from jobs.evaluation.parity import Endpoint, check_parity
+from jobs.registry import Entry, Registry
+from serving.loop_thread import LoopThread
+from serving.outcomes import Outcomes, total
+from serving.ray_directory import RayDirectory
+from serving.rollout import Observation, PromoteConfig, RolloutState
+
+ROLLOUT_TEAM = "raysmith-rollout"
+LEASE_S = 20.0
+_ASK_TIMEOUT_S = 5.0
+_COMPARED_AT_A_TIME = 2
+_KEY_MARGIN_S = 3600.0
+_PROMPTS = (
+    "def read_lines(path):",
+    "The capital of France is",
+    "import json\n\n",
+    "Once upon a time",
+    "class Stack:\n    def __init__(self):",
+    "1, 2, 3, 4,",
+    "Dear customer,",
+    "for i in range(10):",
+    "In this paper we show",
+    "SELECT name FROM",
+    "To be, or not to be:",
+    "Q: What is 2 + 2?\nA:",
+    "raise ValueError(",
+    "The quick brown fox",
+    "# Installation\n\n",
+    "if __name__ == ",
+)
+
+
+@contextmanager
+def prepare(config: PromoteConfig, api: Api) -> Iterator["Canary"]:
+    """Yield the stage of one rollout, with a key of its own that ends with it.
+
+    Raises ModelNotFoundError, or ConfigError if no other version answers for the name.
+    """
+    apps = running_apps(api.details())
+    entry = Registry(resolve_output(config.registry)).resolve(config.model)
+    baseline = _baseline(apps, config, entry)
+    gateway = apps[config.application]["args"]
+    lifetime_s = config.ready_timeout_s + config.limits.max_wait_s + _KEY_MARGIN_S
+    thread = LoopThread("rollout")
+    with _key(gateway.get("ledger"), lifetime_s) as key:
+        host = gateway.get("host", "127.0.0.1")
+        reachable = "127.0.0.1" if host in {"0.0.0.0", "::"} else host
+        url = f"http://{reachable}:{gateway['port']}/v1"
+        endpoint = Endpoint(url, key, entry.reference)
+        try:
+            yield Canary(config, api, (entry, baseline), endpoint, thread)
+        finally:
+            thread.stop()
+
+
+class Canary:
+    """One rollout; see `serving.promote.Stage`."""
+
+    def __init__(
+        self,
+        config: PromoteConfig,
+        api: Api,
+        versions: tuple[Entry, App],
+        endpoint: Endpoint,
+        thread: LoopThread,
+    ) -> None:
+        self._config, self._api, self._endpoint, self._thread = config, api, endpoint, thread
+        self._entry, self._baseline = versions
+        self._old = self._entry.replace(version=self._baseline["version"])
+        self._directory = RayDirectory()
+        self._lease = f"{self._entry.reference}-{uuid.uuid4().hex[:8]}"
+        self._prompts = _prompts(config)
+        self._next_prompts = cycle(self._prompts)
+        self._began_s = 0.0
+        self._before: dict[str, dict[str, Outcomes]] = {}
+        self._num_compared = self._num_disagreeing = 0
+
+    def start(self) -> None:
+        """Bring the new version up with what the old one has, and no share of the requests."""
+        apps = running_apps(self._api.details())
+        old = apps[self._baseline["application"]]
+        new = {**old, "name": self._application, "args": {**old["args"]}}
+        new["args"]["model"] = self._entry.reference
+        apps[new["name"]] = new
+        self._put(apps, [self._baseline, self._route(weight=0.0)])
+
+    def observe(self, state: RolloutState) -> Observation:
+        """Return what is seen now, and renew the lease of the share."""
+        if state is RolloutState.CHECKING:
+            report = check_parity(
+                self._entry.path,
+                self._endpoint,
+                self._prompts,
+                max_tokens=self._config.max_tokens,
+            )
+            return Observation(parity=report.num_equal / report.num_prompts)
+        self._renew()
+        self._compare()
+        self._renew()
+        said = self._thread.run(self._directory.outcomes())
+        snapshot = self._thread.run(self._directory.watch(-1, 0.0))
+        replicas = [
+            replica
+            for replica in snapshot.replicas
+            if f"{replica.model}@{replica.version}" == self._entry.reference
+        ]
+        old = f"{self._baseline['name']}@{self._baseline['version']}"
+        return Observation(
+            elapsed_s=time.monotonic() - self._began_s,
+            num_replicas=len(replicas),
+            canary=self._since(said, self._entry.reference),
+            baseline=self._since(said, old),
+            num_compared=self._num_compared,
+            num_disagreeing=self._num_disagreeing,
+        )
+
+    def give_share(self, ratio: float) -> None:
+        """Give the new version this share of the requests, as long as the lease is renewed."""
+        self._before = self._thread.run(self._directory.outcomes())
+        self._renew()
+        apps = running_apps(self._api.details())
+        old = {**self._baseline, "weight": 1.0 - ratio}
+        self._put(apps, [old, self._route(weight=ratio, lease=self._lease)])
+        self._began_s = time.monotonic()
+
+    def finish(self, state: RolloutState) -> None:
+        """Give every request to the new version or to the old one, and stop the other."""
+        is_promoted = state is RolloutState.PROMOTED
+        route = self._route(weight=1.0) if is_promoted else {**self._baseline, "weight": 1.0}
+        apps = running_apps(self._api.details())
+        self._put(apps, [route], waits_for_engine=is_promoted)
+        if is_promoted:
+            registry = Registry(resolve_output(self._config.registry))
+            registry.promote(self._entry.name, self._entry.version)
+        self._thread.run(self._directory.end_lease(self._lease))
+        winner = self._entry if is_promoted else self._old
+        if kept := without_other_versions(running_apps(self._api.details()), winner):
+            apply(self._api, kept)
+
+    @property
+    def _application(self) -> str:
+        return engine_name(self._entry.name, self._entry.version)
+
+    def _route(self, **changes: Any) -> App:
+        return {
+            **self._baseline,
+            "version": self._entry.version,
+            "application": self._application,
+            "published_s": published_s(self._entry),
+            **changes,
+        }
+
+    def _put(
+        self, apps: dict[str, App], own: Sequence[App], *, waits_for_engine: bool = True
+    ) -> None:
+        """Apply a routing table with these lines for the name; those of others stay."""
+        gateway = self._config.application
+        others = [r for r in routes_of(apps, gateway) if r["name"] != self._entry.name]
+        apply(self._api, with_routes(apps, gateway, [*others, *own]))
+        names = [self._application, gateway] if waits_for_engine else [gateway]
+        wait_until_running(self._api, names, self._config.ready_timeout_s)
+
+    def _renew(self) -> None:
+        self._thread.run(self._directory.renew_lease(self._lease, LEASE_S))
+
+    def _compare(self) -> None:
+        """Ask both versions a few prompts; what fails is counted by the gateway, not here."""
+        with httpx.Client(timeout=_ASK_TIMEOUT_S, trust_env=False) as client:
+            for prompt in islice(self._next_prompts, _COMPARED_AT_A_TIME):
+                old, new = (
+                    self._ask(client, f"{self._entry.name}@{version}", prompt)
+                    for version in (self._baseline["version"], self._entry.version)
+                )
+                if old is not None and new is not None:
+                    self._num_compared += 1
+                    self._num_disagreeing += old != new
+
+    def _ask(self, client: httpx.Client, model: str, prompt: str) -> str | None:
+        body = {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": self._config.max_tokens,
+            "temperature": 0,
+        }
+        headers = {"Authorization": f"Bearer {self._endpoint.api_key}"}
+        url = f"{self._endpoint.base_url}/completions"
+        try:
+            response = client.post(url, headers=headers, json=body)
+        except httpx.HTTPError:
+            return None
+        if response.status_code != httpx.codes.OK:
+            return None
+        return str(response.json()["choices"][0]["text"])
+
+    def _since(self, said: dict[str, dict[str, Outcomes]], reference: str) -> Outcomes:
+        """Return what happened to a version since the canary began, at all gateways."""
+        return total(
+            outcomes[reference].since(self._before.get(gateway, {}).get(reference, Outcomes()))
+            for gateway, outcomes in said.items()
+            if reference in outcomes
+        )
+
+
+def _baseline(apps: dict[str, App], config: PromoteConfig, entry: Entry) -> App:
+    """Return the route that answers for the name now."""
+    routes = [r for r in routes_of(apps, config.application) if r["name"] == entry.name]
+    others = [r for r in routes if r["version"] != entry.version and r.get("lease") is None]
+    found = max(others, key=lambda route: float(route.get("weight", 1.0)), default=None)
+    if found is None:
+        raise ConfigError(
+            f"no other version of `{entry.name}` answers at `{config.application}`, so there is "
+            f"nothing to compare {entry.reference} with. Offer it with "
+            f"`raysmith serve {entry.reference}`."
+        )
+    if found.get("task", "generate") != "generate":
+        raise ConfigError(
+            f"`{entry.name}` embeds; a canary compares generated answers. Offer the version with "
+            f"`raysmith serve {entry.reference}`, which replaces the old one at once."
+        )
+    application = found.get("application") or engine_name(entry.name, found["version"])
+    if application not in apps:
+        raise ConfigError(
+            f"the route to {entry.name}@{found['version']} names the application "
+            f"`{application}`, which does not run. Deploy it under this name."
+        )
+    return {**found, "application": application, "lease": None}
+
+
+@contextmanager
+def _key(ledger_url: str | None, lifetime_s: float) -> Iterator[str]:
+    """Yield a key of the rollouts' own team; it is revoked in the end, and expires anyhow."""
+    with Ledger.open(ledger_url) as ledger:
+        try:
+            ledger.team(ROLLOUT_TEAM)
+        except AccountError:
+            ledger.add_team(Team(name=ROLLOUT_TEAM))
+        key, secret = ledger.new_key(
+            Key(
+                id="",
+                team=ROLLOUT_TEAM,
+                label="rollout",
+                scopes=frozenset({Scope.INFERENCE}),
+                expires_s=int(time.time() + lifetime_s),
+            )
+        )
+        try:
+            yield secret
+        finally:
+            ledger.revoke_key(key.id)
+
+
+def _prompts(config: PromoteConfig) -> tuple[str, ...]:
+    if config.prompts is None:
+        return _PROMPTS
+    path = Path(config.prompts)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"`prompts` = {path} cannot be read: {error}.") from None
+    prompts = tuple(line for line in lines if line.strip())
+    if not prompts:
+        raise ConfigError(f"`prompts` = {path} has no prompt. Give one a line.")
+    return prompts

@@ -1,0 +1,74 @@
+"""How many cache blocks there is memory for.
+
+Takes an engine's options and a model's shape; gives a number of blocks, or says why there are not
+enough. It does not know who will hold them.
+"""
+
+from collections.abc import Sequence
+
+import psutil
+import torch
+
+from cluster.errors import PlacementError
+from cluster.storage import MIB
+from jobs.config import DecoderConfig
+from jobs.kernels.block_cache import BlockCache
+from serving.engines.native.config import EngineConfig
+
+_SHARE_OF_FREE = 0.5  # The rest is for activations, other replicas and the page cache.
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """Return the device that the options name, or the best one."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def activation_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """Return the type of activations."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+
+
+def cache_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """Return the type of cached keys and values."""
+    if config.cache_dtype == "auto":
+        return activation_dtype(config, device)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+    return dtypes[config.cache_dtype]
+
+
+def count_blocks(
+    config: EngineConfig, shapes: Sequence[DecoderConfig], max_len: int, device: torch.device
+) -> int:
+    """Return how many blocks caches of these shapes, all of one size, may have.
+
+    Raises PlacementError if they could not hold one sequence of `max_len` tokens.
+    """
+    dtype = cache_dtype(config, device)
+    block_bytes = sum(
+        BlockCache.bytes_per_block(shape, config.block_size, dtype) for shape in shapes
+    )
+    per_sequence = -(-max_len // config.block_size)
+    if config.cache_bytes is not None:
+        num_blocks, source = config.cache_bytes // block_bytes, "`cache_bytes` allows"
+    else:
+        usable_bytes = int(_SHARE_OF_FREE * _free_bytes(device))
+        num_blocks = min(usable_bytes // block_bytes, config.max_slots * per_sequence)
+        source = "half of the free memory is"
+    if num_blocks < per_sequence:
+        raise PlacementError(
+            f"one sequence of max_len={max_len} tokens needs a cache of "
+            f"{per_sequence * block_bytes / MIB:.1f} MiB; {source} "
+            f"{num_blocks * block_bytes / MIB:.1f} MiB. Lower `max_len`, choose a smaller "
+            "`cache_dtype` or give the cache more memory."
+        )
+    return num_blocks
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,320 @@
+"""The gateway's way to all replicas: connections kept open, loads known, versions chosen.
+
+Takes the directory's snapshots and the routing table; gives the gateway its `Backend`. It does not
+know HTTP or Ray: the directory and the way to wake up a model are passed in. While the directory is
+away, the replicas it named last are used.
+"""
+
+import asyncio
+import logging
+import random
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+
+import msgspec
+
+from serving.continuation import MAX_LOSSES, NoReplicaError, ResumableEvents
+from serving.directory import HEARTBEAT_S, Directory, Snapshot
+from serving.members import Member, MemberAttempt, is_of, prompt_tokens, start_of
+from serving.messages import (
+    ENGINE_FAILED,
+    Embedded,
+    EmbeddingRequest,
+    Events,
+    InferenceRequest,
+    Refused,
+    ReplicaStats,
+    ServedModel,
+)
+from serving.outcomes import Outcomes
+from serving.routing import Load, Route, RoutingTable, affinity_of, effective_weight, pick
+from serving.transport import DeclinedError, ReplicaConnection, ReplicaLostError
+
+_logger = logging.getLogger(__name__)
+_REDIAL_S = 0.25
+_WATCH_TIMEOUT_S = 5 * HEARTBEAT_S
+_LEASE_FAILURES = 5
+Wake = Callable[[Route], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Waits:
+    """How long a request may wait for a replica.
+
+    `connect_s`: one is known and connected to at this moment. `replacement_s`: it lost its own in
+    the middle. `cold_start_s`: the model was scaled to zero.
+    """
+
+    connect_s: float = 2.0
+    replacement_s: float = 30.0
+    cold_start_s: float = 120.0
+
+
+class Fleet:
+    """A `serving.gateway.backend.Backend` over replicas; used on one event loop."""
+
+    def __init__(
+        self, directory: Directory, node_id: str, wake: Wake, waits: Waits | None = None
+    ) -> None:
+        self._directory, self._node_id, self._wake = directory, node_id, wake
+        self._waits = waits or Waits()
+        self._name = secrets.token_hex(8)
+        self._random = random.Random()
+        self._table = RoutingTable()
+        self._snapshot = Snapshot(-1, (), ())
+        self._members: dict[str, Member] = {}
+        self._outcomes: dict[str, Outcomes] = {}
+        self._changed = asyncio.Event()
+        self._waking: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Begin to follow the directory."""
+        for work in (self._follow(), self._report()):
+            self._spawn(work)
+
+    async def close(self) -> None:
+        """Stop following and end every connection."""
+        for task in (*self._tasks, *self._waking.values()):
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._waking.values(), return_exceptions=True)
+        for member in self._members.values():
+            member.connection.close()
+
+    def set_table(self, table: RoutingTable) -> None:
+        """Offer exactly these versions from now on; what runs goes on."""
+        self._table = table
+        self._tell()
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Return once every version has a replica that shall have one, or when the time is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._table.routes and await self.problem() is not None:
+                    await self._changed.wait()
+
+    @property
+    def num_connected(self) -> int:
+        """Replicas that can be asked now."""
+        return sum(member.is_usable for member in self._members.values())
+
+    # What the gateway asks; see `Backend`.
+
+    def models(self) -> Sequence[ServedModel]:
+        """Return every version that is offered."""
+        return [self._served(route) for route in self._table.routes]
+
+    def choose(self, asked: str) -> ServedModel | None:
+        """Return the version that answers one request."""
+        route = self._table.choose(
+            asked, self._random.random(), leases=self._snapshot.leases, ready=self._ready()
+        )
+        return None if route is None else self._served(route)
+
+    def generate(self, model: ServedModel, request: InferenceRequest) -> Events:
+        """Start a request; closing the events cancels it."""
+        outcomes = self._outcomes.setdefault(model.reference, Outcomes())
+        return ResumableEvents(_Version(self, model), request, outcomes)
+
+    async def embed(self, model: ServedModel, request: EmbeddingRequest) -> Embedded | Refused:
+        """Return vectors, from another replica if one is lost."""
+        outcomes = self._outcomes.setdefault(model.reference, Outcomes())
+        answer = await self._embed(model, request)
+        outcomes.ended(
+            is_failed=isinstance(answer, Refused)
+            and answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        )
+        return answer
+
+    def stats(self) -> Sequence[ReplicaStats]:
+        """Return what each replica last said of itself."""
+        return [
+            ReplicaStats(entry.model, entry.version, entry.replica, entry.stats)
+            for entry in self._snapshot.replicas
+        ]
+
+    async def problem(self) -> Refused | None:
+        """Return why a model cannot answer now, or None if each can or is asleep on purpose."""
+        ready = self._ready()
+        for route in self._table.routes:
+            is_used = effective_weight(route, self._snapshot.leases) > 0
+            if is_used and not route.scales_to_zero and route.reference not in ready:
+                return _unavailable(f"model `{route.reference}` has no replica yet.")
+        if not self._table.routes:
+            return _unavailable("no model is offered yet.")
+        return None
+
+    # What single requests ask.
+
+    async def member(
+        self, model: ServedModel, affinity: bytes, failed: set[str], *, is_begun: bool
+    ) -> Member:
+        """Return the replica to ask, waiting for one if that may help. Raises NoReplicaError."""
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        while True:
+            usable = {m.entry.replica: m for m in self._members.values() if m.answers(model)}
+            candidates = {key: m for key, m in usable.items() if key not in failed}
+            if candidates:
+                loads = [Load(key, m.tokens_in_flight) for key, m in candidates.items()]
+                return candidates[pick(loads, affinity).replica]
+            left_s = began_s + self._patience_s(model, is_begun=is_begun) - loop.time()
+            if left_s <= 0:
+                raise NoReplicaError(
+                    f"no replica of `{model.reference}` can answer now. Try again in a moment."
+                )
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._changed.wait()
+
+    def _patience_s(self, model: ServedModel, *, is_begun: bool) -> float:
+        if is_begun:
+            return self._waits.replacement_s
+        route = self._table.find(model.reference)
+        if route is not None and route.scales_to_zero:
+            self._wake_up(route)
+            return self._waits.cold_start_s
+        is_known = any(is_of(entry, model) for entry in self._snapshot.replicas)
+        return self._waits.connect_s if is_known else 0.0
+
+    def _wake_up(self, route: Route) -> None:
+        task = self._waking.get(route.reference)
+        if task is None or task.done():
+            self._waking[route.reference] = asyncio.ensure_future(self._wake_safely(route))
+
+    async def _wake_safely(self, route: Route) -> None:
+        try:
+            await self._wake(route)
+        except Exception:
+            _logger.exception("%s could not be woken up", route.reference)
+
+    async def _embed(self, model: ServedModel, request: EmbeddingRequest) -> Embedded | Refused:
+        affinity = affinity_of(request.team, "")
+        failed: set[str] = set()
+        for _ in range(MAX_LOSSES):
+            try:
+                member = await self.member(model, affinity, failed, is_begun=bool(failed))
+            except NoReplicaError as error:
+                return _unavailable(str(error))
+            failed.add(member.entry.replica)
+            tokens = sum(map(prompt_tokens, request.inputs))
+            member.tokens_in_flight += tokens
+            try:
+                answer = await member.connection.embed(request)
+            except (ReplicaLostError, DeclinedError) as error:
+                _logger.warning("an embedding request lost its replica: %s", error)
+                continue
+            finally:
+                member.tokens_in_flight -= tokens
+            if not isinstance(answer, Refused) or answer.code != ENGINE_FAILED:
+                return answer
+        return _unavailable("the replicas that were asked failed. Try again in a moment.")
+
+    def _served(self, route: Route) -> ServedModel:
+        """Return what a route offers; a replica knows what the table does not say."""
+        for member in self._members.values():
+            if member.reference == route.reference:
+                entry = member.entry
+                return msgspec.structs.replace(
+                    route.model,
+                    published_s=entry.published_s,
+                    task=entry.task,
+                    context_tokens=entry.context_tokens,
+                )
+        return route.model
+
+    # Following the directory.
+
+    def _ready(self) -> set[str]:
+        return {m.reference for m in self._members.values() if m.is_usable}
+
+    async def _follow(self) -> None:
+        num_failures = 0
+        while True:
+            try:
+                async with asyncio.timeout(_WATCH_TIMEOUT_S):
+                    snapshot = await self._directory.watch(self._snapshot.revision, HEARTBEAT_S)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it may end: ask again
+                num_failures += 1
+                _logger.warning("the directory does not answer: %r", error)
+                if num_failures == _LEASE_FAILURES:  # Nobody can renew them: they have ended.
+                    self._snapshot = msgspec.structs.replace(self._snapshot, leases=())
+                await asyncio.sleep(HEARTBEAT_S)
+                continue
+            num_failures = 0
+            self._see(snapshot)
+
+    def _see(self, snapshot: Snapshot) -> None:
+        """Connect to new replicas and forget those that are neither named nor connected."""
+        self._snapshot = snapshot
+        named = {entry.replica: entry for entry in snapshot.replicas}
+        for replica, entry in named.items():
+            known = self._members.get(replica)
+            if known is not None:
+                known.entry = entry
+            elif not entry.is_draining:
+                self._members[replica] = member = Member(entry)
+                self._spawn(self._keep_connected(member))
+        self._tell()
+
+    async def _keep_connected(self, member: Member) -> None:
+        """Connect, and again whenever the connection breaks, as long as the replica is named."""
+        while True:
+            connection = ReplicaConnection(member.entry.secret)
+            try:
+                await connection.open(member.entry.address, self._node_id)
+            except ReplicaLostError as error:
+                _logger.info("replica %s: %s", member.entry.replica, error)
+                await asyncio.sleep(_REDIAL_S)
+            else:
+                member.connection = connection
+                self._tell()
+                try:
+                    await connection.lost
+                finally:
+                    connection.close()
+                self._tell()
+            named = {entry.replica for entry in self._snapshot.replicas}
+            if member.entry.replica not in named or member.entry.is_draining:
+                del self._members[member.entry.replica]
+                return
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            try:
+                await self._directory.note_outcomes(self._name, self._outcomes)
+            except Exception as error:  # noqa: BLE001 - the next report says it all again
+                _logger.info("the directory did not take a report: %s", error)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class _Version:
+    """One version's replicas, for one request."""
+
+    def __init__(self, fleet: Fleet, model: ServedModel) -> None:
+        self._fleet, self._model = fleet, model
+
+    async def attempt(
+        self, request: InferenceRequest, *, failed: set[str], is_begun: bool
+    ) -> MemberAttempt:
+        affinity = affinity_of(request.team, start_of(request.prompts[0]))
+        while True:
+            member = await self._fleet.member(self._model, affinity, failed, is_begun=is_begun)
+            with suppress(ReplicaLostError):  # Lost at this moment: the next one.
+                return MemberAttempt(member, request)
+
+
+def _unavailable(message: str) -> Refused:
+    return Refused(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after_s=1)

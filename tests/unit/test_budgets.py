@@ -1,0 +1,208 @@
+"""Token budgets as a gateway sees them, over a real ledger."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ledger_fakes import (
+    QUICK,
+    DeadSteward,
+    FakeSteward,
+    Service,
+    refusal,
+    spent,
+)
+
+from cluster.accounting import WRITER_TTL_S, Limits, month_of
+from serving.gateway.accounts_client import LedgerAccounts
+from serving.gateway.budgets import REQUESTS_PER_LEASE
+from serving.gateway.errors import RefusedError
+from serving.gateway.ledger_writer import Pace
+
+
+@pytest.fixture
+def budgeted(tmp_path: Path) -> Iterator[Service]:
+    """A team with 10,000 tokens a month."""
+    found = Service(str(tmp_path / "ledger.db"), tokens_per_month=10_000)
+    yield found
+    found.ledger.close()
+
+
+@pytest.mark.parametrize("num_gateways", [1, 3])
+def test_budget_when_200_calls_are_parallel_is_never_overspent(any_ledger: str, num_gateways: int):
+    service = Service(any_ledger, tokens_per_month=10_000)
+    served, refused = [], []
+
+    async def call(accounts: LedgerAccounts, number: int) -> None:
+        principal = await accounts.authenticate(service.secret)
+        try:
+            held = await accounts.reserve(principal, str(number), 100, 1)
+        except RefusedError as error:
+            refused.append(error.refused)
+            return
+        await asyncio.sleep(0)
+        held.settle(spent(100))
+        served.append(number)
+
+    async def run() -> None:
+        stewards = [FakeSteward(service.ledger) for _ in range(num_gateways)]
+        gateways = [LedgerAccounts(any_ledger, steward) for steward in stewards]
+        await asyncio.gather(*(call(gateways[n % num_gateways], n) for n in range(200)))
+        for gateway in gateways:
+            await gateway.aclose()
+
+    asyncio.run(run())
+    month = month_of(time.time())
+    found = service.ledger.balance(service.ledger.team("a"), month)
+    assert (found.spent, found.leased) == (100 * len(served), 0)
+    assert len(served) <= 100
+    assert len(served) == 100 or num_gateways > 1
+    assert {r.code for r in refused} == {"insufficient_quota"}
+    assert "budget of 10000 tokens" in refused[0].message
+    service.ledger.close()
+
+
+def test_budget_when_requests_use_less_serves_more_of_them(budgeted: Service):
+    served = 0
+
+    async def test(accounts: LedgerAccounts) -> None:
+        nonlocal served
+        principal = await accounts.authenticate(budgeted.secret)
+        while True:
+            try:
+                held = await accounts.reserve(principal, "x", 100, 1)
+            except RefusedError:
+                return
+            held.settle(spent(10))
+            served += 1
+
+    budgeted.run(test)
+    assert served == 991  # the last one that fits: 9,900 spent, 100 left
+    assert budgeted.balance == (9910, 0)
+
+
+def test_budget_when_leased_ahead_needs_few_batches(tmp_path: Path):
+    service = Service(str(tmp_path / "ledger.db"), tokens_per_month=10**9)
+
+    async def test(accounts: LedgerAccounts) -> None:
+        principal = await accounts.authenticate(service.secret)
+        for number in range(640):
+            (await accounts.reserve(principal, str(number), 100, 1)).settle(spent(100))
+
+    service.run(test)
+    assert len(service.steward.batches) < 640 / REQUESTS_PER_LEASE * 3
+    assert service.balance == (64_000, 0)
+    service.ledger.close()
+
+
+def test_budget_when_more_was_used_than_held_is_charged_in_full(budgeted: Service):
+    async def test(accounts: LedgerAccounts) -> None:
+        principal = await accounts.authenticate(budgeted.secret)
+        (await accounts.reserve(principal, "1", 100, 1)).settle(spent(9_990))
+        assert (await refusal(accounts.reserve(principal, "2", 100, 1))).status == 429
+
+    budgeted.run(test)
+    assert budgeted.balance == (9_990, 0)
+
+
+def test_budget_when_raised_serves_again_at_once(budgeted: Service):
+    async def test(accounts: LedgerAccounts) -> None:
+        principal = await accounts.authenticate(budgeted.secret)
+        await refusal(accounts.reserve(principal, "1", 10_001, 1))
+        change = {"tokens_per_month": 20_000}
+        budgeted.ledger.change_team("a", lambda team: team.replace(**change))
+        principal = await accounts.authenticate(budgeted.secret)
+        (await accounts.reserve(principal, "2", 10_001, 1)).settle(None)
+
+    budgeted.run(test)
+
+
+def test_budget_when_refused_gives_the_limits_back(tmp_path: Path):
+    limits = Limits(requests_per_min=1, tokens_per_min=500, max_choices=1)
+    service = Service(str(tmp_path / "ledger.db"), tokens_per_month=100, limits=limits)
+
+    async def test(accounts: LedgerAccounts) -> None:
+        principal = await accounts.authenticate(service.secret)
+        for _ in range(3):
+            refused = await refusal(accounts.reserve(principal, "1", 101, 1))
+            assert refused.code == "insufficient_quota"
+        await accounts.reserve(principal, "2", 100, 1)
+
+    service.run(test)
+    service.ledger.close()
+
+
+def test_budget_when_the_steward_does_not_answer_is_503(
+    budgeted: Service,
+):
+    budgeted.steward = DeadSteward()
+
+    async def test(accounts: LedgerAccounts) -> None:
+        principal = await accounts.authenticate(budgeted.secret)
+        refused = await refusal(accounts.reserve(principal, "1", 10, 1))
+        assert (refused.status, refused.retry_after_s) == (503, 1)
+
+    budgeted.run(test, QUICK)
+
+
+def test_budget_when_a_waiting_call_is_cancelled_holds_nothing(budgeted: Service):
+    async def test(accounts: LedgerAccounts) -> None:
+        budgeted.steward.held = asyncio.Event()
+        principal = await accounts.authenticate(budgeted.secret)
+        calls = [asyncio.create_task(accounts.reserve(principal, str(n), 100, 1)) for n in range(9)]
+        await asyncio.sleep(0.01)
+        for call in calls[:8]:
+            call.cancel()
+        budgeted.steward.held.set()
+        (await calls[8]).settle(spent(60))
+        await asyncio.gather(*calls[:8], return_exceptions=True)
+
+    budgeted.run(test)
+    assert budgeted.balance == (60, 0)
+
+
+def test_budget_when_the_ledger_was_silent_for_long_is_leased_anew(
+    budgeted: Service,
+):
+    """Leases that the ledger may have given to others are not spent."""
+
+    async def test(accounts: LedgerAccounts) -> None:
+        principal = await accounts.authenticate(budgeted.secret)
+        held = await accounts.reserve(principal, "1", 100, 1)
+        working, dead = budgeted.steward.apply, DeadSteward().apply
+        budgeted.steward.apply = dead
+        (await accounts.reserve(principal, "2", 100, 1)).settle(spent(10))
+        budgeted.monotonic.now_s += WRITER_TTL_S
+        await asyncio.sleep(0.02)
+        budgeted.steward.apply = working
+        held.settle(spent(60))
+
+    budgeted.run(test, Pace(gather_s=0.001, first_retry_s=0.001))
+    assert budgeted.balance == (70, 0)
+
+
+def test_month_when_it_ends_starts_a_new_budget(budgeted: Service):
+    async def test(accounts: LedgerAccounts) -> None:
+        principal = await accounts.authenticate(budgeted.secret)
+        old = await accounts.reserve(principal, "1", 10_000, 1)
+        budgeted.clock.now_s += 31 * 24 * 3600
+        new = await accounts.reserve(principal, "2", 10_000, 1)
+        old.settle(spent(4_000))
+        new.settle(spent(5_000))
+
+    first = budgeted.month
+    budgeted.run(test)
+    assert budgeted.balance == (5_000, 0)
+    assert budgeted.ledger.balance(budgeted.ledger.team("a"), first).spent == 4_000
+
+
+def test_settle_when_nothing_was_used_charges_nothing(budgeted: Service):
+    async def test(accounts: LedgerAccounts) -> None:
+        principal = await accounts.authenticate(budgeted.secret)
+        (await accounts.reserve(principal, "1", 100, 1)).settle(None)
+
+    budgeted.run(test)
+    assert budgeted.balance == (0, 0)
+    assert budgeted.num_requests == 0

@@ -1,0 +1,125 @@
+"""One-time addresses for a browser's EventSource."""
+
+import dataclasses
+
+import pytest
+from gateway_fakes import KEY, MODEL, Gateway, stream_documents
+
+from serving.gateway.accounts import Principal, Scope
+from serving.gateway.answering import Question
+from serving.gateway.call import Call
+from serving.gateway.errors import RefusedError
+from serving.gateway.limits import GatewayLimits
+from serving.gateway.rendering_completion import CompletionRendering
+from serving.gateway.tickets import Tickets
+from serving.messages import InferenceRequest, Sampling, TextPrompt
+
+CHAT = {
+    "endpoint": "/v1/chat/completions",
+    "body": {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]},
+}
+QUESTION = Question(MODEL, InferenceRequest((TextPrompt("x"),), Sampling()), CompletionRendering())
+
+
+def url_of(gateway: Gateway, body: object = CHAT) -> str:
+    response = gateway.call("POST", "/v1/event-streams", json=body)
+    assert response.status_code == 201, response.text
+    assert response.json()["expires_in_s"] == 30
+    return response.json()["url"]
+
+
+def read(gateway: Gateway, url: str, **headers: str):
+    return gateway.call("GET", url, headers={"Authorization": "", **headers})
+
+
+def test_event_stream_when_read_without_a_key_gives_the_answer_once():
+    gateway = Gateway()
+    url = url_of(gateway)
+    assert gateway.backend.asked == []
+    response = read(gateway, url)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["access-control-allow-origin"] == "*"
+    contents = [d["choices"][0]["delta"].get("content") for d in stream_documents(response)]
+    assert contents == ["", "Hel", "lo"]
+    assert gateway.accounts.only().settled[0].generated_tokens == 2
+    assert gateway.backend.asked[0].team == "alice"
+    assert read(gateway, url).status_code == 401
+
+
+def test_event_stream_when_it_is_a_completion_has_its_shape():
+    body = {"endpoint": "/v1/completions", "body": {"model": "tiny", "prompt": "x"}}
+    gateway = Gateway()
+    documents = stream_documents(read(gateway, url_of(gateway, body)))
+    assert [d["choices"][0]["text"] for d in documents] == ["Hel", "lo"]
+
+
+def test_event_stream_when_resumed_is_refused_and_the_ticket_stays():
+    gateway = Gateway()
+    url = url_of(gateway)
+    refused = read(gateway, url, **{"Last-Event-ID": "3"})
+    assert refused.status_code == 400
+    assert "not replayed" in refused.json()["error"]["message"]
+    assert read(gateway, url).status_code == 200
+
+
+def test_event_stream_when_the_key_was_revoked_meanwhile_is_401():
+    gateway = Gateway()
+    url = url_of(gateway)
+    del gateway.accounts.keys[KEY]
+    assert read(gateway, url).status_code == 401
+
+
+def test_event_stream_when_the_key_lost_its_scope_or_model_meanwhile_is_refused():
+    gateway = Gateway()
+    first, second = url_of(gateway), url_of(gateway)
+    metrics = frozenset({Scope.METRICS})
+    gateway.accounts.keys[KEY] = Principal("k1", "alice", metrics)
+    assert read(gateway, first).status_code == 403
+    every = frozenset({Scope.INFERENCE})
+    gateway.accounts.keys[KEY] = Principal("k1", "alice", every, frozenset({"mini"}))
+    assert read(gateway, second).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"endpoint": "/v1/embeddings", "body": {}}, "endpoint"),
+        ({"endpoint": "/v1/completions", "body": {"model": "tiny"}}, "prompt"),
+        ({"body": {}}, None),
+    ],
+)
+def test_event_stream_when_its_request_is_wrong_is_400_at_once(body: object, param: str | None):
+    response = Gateway().call("POST", "/v1/event-streams", json=body)
+    assert response.status_code == 400
+    if param == "prompt":
+        assert response.json()["error"]["param"] == param
+
+
+def test_ticket_when_it_is_old_is_unknown():
+    now = 0.0
+    tickets = Tickets(GatewayLimits(ticket_lifetime_s=30), lambda: now)
+    first = tickets.issue(QUESTION, Call())
+    now = 29.0
+    second = tickets.issue(QUESTION, Call())
+    now = 31.0
+    assert tickets.redeem(first) is None
+    assert tickets.redeem(second) is not None
+    assert tickets.redeem(second) is None
+
+
+def test_ticket_when_a_team_has_its_share_is_refused_and_others_are_not():
+    tickets = Tickets(GatewayLimits(max_tickets=8))
+    bob = Call(principal=Principal("k2", "bob", frozenset()))
+    for _ in range(2):
+        tickets.issue(QUESTION, bob)
+    with pytest.raises(RefusedError, match="at most 2"):
+        tickets.issue(QUESTION, bob)
+    tickets.issue(QUESTION, Call())
+
+
+def test_ticket_when_bodies_are_large_is_refused():
+    tickets = Tickets(GatewayLimits(max_ticket_bytes=100))
+    call = dataclasses.replace(Call(), body_bytes=60)
+    tickets.issue(QUESTION, call)
+    with pytest.raises(RefusedError):
+        tickets.issue(QUESTION, call)

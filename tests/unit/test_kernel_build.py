@@ -1,0 +1,90 @@
+"""The C++ kernels' build: found again, made anew when something changed, refused with a reason."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.errors import EngineError
+from jobs.kernels import build, native
+
+needs_kernels = pytest.mark.skipif(
+    build.why_impossible() is not None, reason=f"no kernels here: {build.why_impossible()}"
+)
+
+
+@needs_kernels
+def test_build_when_nothing_changed_gives_the_same_file() -> None:
+    first = build.build()
+    written_ns = first.stat().st_mtime_ns
+    assert build.build() == first
+    assert first.stat().st_mtime_ns == written_ns
+
+
+@needs_kernels
+def test_main_when_built_prints_the_library(capsys: pytest.CaptureFixture[str]) -> None:
+    assert build.main([]) == 0
+    assert Path(capsys.readouterr().out.strip()) == build.build()
+
+
+def test_main_when_there_is_no_compiler_says_so_and_does_not_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.main([]) == 0
+    assert "PyTorch's operators will be used" in capsys.readouterr().err
+
+
+@needs_kernels
+def test_build_when_there_is_no_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(EngineError, match=r"no C\+\+ compiler `no-such-compiler`.*install g\+\+"):
+        build.build()
+
+
+@needs_kernels
+def test_build_when_the_compiler_fails_shows_the_command_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("RAYSMITH_CACHE", str(tmp_path))
+    assert build.main([]) == 1
+    assert "did not compile with `false " in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "kernels").iterdir()] == [".lock"]
+
+
+def test_cache_folder_when_configured_is_that_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAYSMITH_CACHE", str(tmp_path))
+    assert build.cache_folder() == tmp_path
+    monkeypatch.delenv("RAYSMITH_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / "raysmith"
+
+
+@needs_kernels
+def test_library_when_loaded_uses_the_openmp_runtime_of_torch() -> None:
+    assert native.is_available()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    runtimes = {line.split()[-1] for line in maps if "libgomp" in line}
+    of_torch = {path for path in runtimes if path.startswith(str(Path(torch.__file__).parent))}
+    needed = build.build().read_bytes()
+    assert len(of_torch) == 1
+    assert b"libgomp" not in needed
+
+
+@needs_kernels
+def test_function_when_there_is_none_of_that_name_fails_by_name() -> None:
+    with pytest.raises(AttributeError, match="rs_no_such_kernel"):
+        native.function("rs_no_such_kernel", "p")(None)
+
+
+def test_why_unavailable_when_asked_twice_is_logged_at_most_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    native.why_unavailable()
+    with caplog.at_level(logging.WARNING):
+        native.why_unavailable()
+    assert not caplog.records
