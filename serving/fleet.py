@@ -173,11 +173,12 @@ class Fleet:
     def _patience_s(self, model: ServedModel, *, is_begun: bool) -> float:
         if is_begun:
             return self._waits.replacement_s
+        is_known = any(is_of(entry, model) for entry in self._snapshot.replicas)
         route = self._table.find(model.reference)
         if route is not None and route.scales_to_zero:
-            self._wake_up(route)
+            if not is_known:
+                self._wake_up(route)
             return self._waits.cold_start_s
-        is_known = any(is_of(entry, model) for entry in self._snapshot.replicas)
         return self._waits.connect_s if is_known else 0.0
 
     def _wake_up(self, route: Route) -> None:
@@ -186,10 +187,12 @@ class Fleet:
             self._waking[route.reference] = asyncio.ensure_future(self._wake_safely(route))
 
     async def _wake_safely(self, route: Route) -> None:
+        """Wake a model up, and not again before the directory can have heard of its replica."""
         try:
             await self._wake(route)
         except Exception:
             _logger.exception("%s could not be woken up", route.reference)
+        await asyncio.sleep(HEARTBEAT_S)
 
     async def _embed(self, model: ServedModel, request: EmbeddingRequest) -> Embedded | Refused:
         affinity = affinity_of(request.team, "")
