@@ -11,7 +11,7 @@ from cluster.config import StrictModel
 
 Precision = Literal["fp32", "bf16"]
 Shape = Literal["llama", "qwen2", "qwen3", "mistral"]
-Scheme = Literal["bf16", "w8a8", "w4a16", "w4a8"]
+Scheme = Literal["bf16", "w8a8", "fp8", "w4a16", "w4a8"]
 
 
 class RopeScaling(StrictModel):

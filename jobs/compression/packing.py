@@ -17,7 +17,7 @@ from cluster.storage import GIB, MANIFEST, verify_directory
 from jobs.compression import quantization_config
 from jobs.compression.recipe import Compressed
 from jobs.config import DecoderConfig
-from jobs.kernels.formats import Layout, QuantizedWeight, Scheme, pack_int4, unpack_int4
+from jobs.kernels.formats import CHANNELED, Layout, QuantizedWeight, Scheme, pack_int4, unpack_int4
 from jobs.kernels.linear import build_linear, resident_bytes
 from jobs.models import _hf, _weights
 from jobs.models.decoder import Decoder
@@ -113,7 +113,7 @@ def load_model(
 def read_quantized(
     tensors: dict[str, Tensor], layer: str, layout: Layout, shape: tuple[int, int]
 ) -> QuantizedWeight:
-    """Take one layer's stored tensors out of `tensors` and return its integers and scales.
+    """Take one layer's stored tensors out of `tensors` and return its values and scales.
 
     Raises ModelFormatError where one is missing, or of a shape or type that is not the format's.
     """
@@ -121,8 +121,9 @@ def read_quantized(
     scale_OG = _take(
         tensors, f"{layer}.weight_scale", (rows, layout.num_groups(columns)), layout, None
     )
-    if layout.scheme == "w8a8":
-        values_OI = _take(tensors, f"{layer}.weight", shape, layout, torch.int8)
+    if layout.scheme in CHANNELED:
+        dtype = CHANNELED[layout.scheme]
+        values_OI = _take(tensors, f"{layer}.weight", shape, layout, dtype)
     else:
         width = -(-columns // 8)
         packed_OW = _take(tensors, f"{layer}.weight_packed", (rows, width), layout, torch.int32)
@@ -139,7 +140,7 @@ def read_quantized(
 def stored(weight: QuantizedWeight) -> dict[str, Tensor]:
     """Return the tensors of one layer as they lie on disk, by what follows the layer's name."""
     scale_OG = weight.scale_OG.to(_SCALE_DTYPE)
-    if weight.scheme == "w8a8":
+    if weight.scheme in CHANNELED:
         return {"weight": weight.values_OI, "weight_scale": scale_OG}
     return {
         "weight_packed": pack_int4(weight.values_OI),

@@ -10,23 +10,23 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cluster.errors import ModelFormatError
-from jobs.kernels.formats import Layout
+from jobs.kernels.formats import CHANNELED, Layout, Scheme
 
 KEY = "quantization_config"
-_FORMATS = {"w8a8": "int-quantized", "w4a16": "pack-quantized", "w4a8": "pack-quantized"}
+_FORMATS: dict[Scheme, str] = {
+    "w8a8": "int-quantized",
+    "fp8": "float-quantized",
+    "w4a16": "pack-quantized",
+    "w4a8": "pack-quantized",
+}
 _PRESETS = {
     "W8A8": Layout("w8a8"),
+    "FP8_DYNAMIC": Layout("fp8"),
     "W4A16": Layout("w4a16", 128),
     "W4A8": Layout("w4a8", 128),
 }
 _CLASS = "Linear"
-_INT8_PER_TOKEN = {
-    "num_bits": 8,
-    "type": "int",
-    "symmetric": True,
-    "strategy": "token",
-    "dynamic": True,
-}
+_8_BIT_PER_TOKEN = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
 
 
 def to_document(chosen: Mapping[str, Layout], dense: Iterable[str]) -> dict[str, Any]:
@@ -84,19 +84,20 @@ def read_layouts(
 
 
 def _group(layout: Layout, targets: list[str]) -> dict[str, Any]:
-    is_int8 = layout.scheme == "w8a8"
-    has_int8_inputs = layout.scheme in ("w8a8", "w4a8")
+    is_8_bit = layout.scheme in CHANNELED
+    has_8_bit_inputs = layout.scheme != "w4a16"
+    number = "float" if layout.scheme == "fp8" else "int"
     return {
         "targets": targets,
         "weights": {
-            "num_bits": 8 if is_int8 else 4,
-            "type": "int",
+            "num_bits": 8 if is_8_bit else 4,
+            "type": number,
             "symmetric": True,
-            "strategy": "channel" if is_int8 else "group",
+            "strategy": "channel" if is_8_bit else "group",
             "group_size": layout.group_size,
             "dynamic": False,
         },
-        "input_activations": dict(_INT8_PER_TOKEN) if has_int8_inputs else None,
+        "input_activations": {**_8_BIT_PER_TOKEN, "type": number} if has_8_bit_inputs else None,
         "output_activations": None,
         "format": _FORMATS[layout.scheme],
     }
@@ -135,24 +136,26 @@ def _layout(key: str, group: Any, in_features: int) -> Layout:
     _check_weights(key, weights)
     _check_format(key, group)
     strategy, num_bits = weights.get("strategy"), weights.get("num_bits")
-    if num_bits == 8 and strategy == "channel" and _is_int8_per_token(activations):
-        return Layout("w8a8")
-    if num_bits == 4 and strategy in ("group", "channel"):
+    number = weights.get("type", "int")
+    if num_bits == 8 and strategy == "channel" and _is_per_token(activations, number):
+        return Layout("fp8" if number == "float" else "w8a8")
+    if num_bits == 4 and number == "int" and strategy in ("group", "channel"):
         group_size = weights["group_size"] if strategy == "group" else in_features
         if activations is None:
             return Layout("w4a16", group_size)
-        if _is_int8_per_token(activations):
+        if _is_per_token(activations, "int"):
             return Layout("w4a8", group_size)
-    kind = "no quantized" if activations is None else f"{activations.get('num_bits')}-bit"
+    kind = "no quantized" if activations is None else _kind(activations)
     raise ModelFormatError(
-        f"{KEY}.{key}: {num_bits}-bit weights by {strategy} with {kind} activations are not "
-        "supported. There are: 8-bit by channel with dynamic 8-bit activations per token (W8A8), "
-        "and 4-bit by group or channel with unquantized activations (W4A16) or those (W4A8)."
+        f"{KEY}.{key}: {_kind(weights)} weights by {strategy} with {kind} activations are not "
+        "supported. There are: 8-bit by channel with dynamic 8-bit activations per token, both int "
+        "(W8A8) or both float (FP8), and 4-bit int by group or channel with unquantized "
+        "activations (W4A16) or 8-bit int ones (W4A8)."
     )
 
 
 def _check_weights(key: str, weights: Mapping[str, Any]) -> None:
-    wanted = {"type": "int", "symmetric": True, "dynamic": False, "actorder": None}
+    wanted = {"symmetric": True, "dynamic": False, "actorder": None}
     for option, value in wanted.items():
         found = weights.get(option, value)
         # Static activation order is resolved in the stored weight; only `group` needs an index.
@@ -173,7 +176,12 @@ def _check_format(key: str, group: Mapping[str, Any]) -> None:
         )
 
 
-def _is_int8_per_token(activations: Mapping[str, Any] | None) -> bool:
+def _is_per_token(activations: Mapping[str, Any] | None, number: str) -> bool:
+    wanted = {**_8_BIT_PER_TOKEN, "type": number}
     return activations is not None and all(
-        activations.get(option) == value for option, value in _INT8_PER_TOKEN.items()
+        activations.get(option) == value for option, value in wanted.items()
     )
+
+
+def _kind(arguments: Mapping[str, Any]) -> str:
+    return f"{arguments.get('num_bits')}-bit {arguments.get('type', 'int')}"

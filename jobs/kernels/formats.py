@@ -1,4 +1,4 @@
-"""Formats a linear layer's weight may take: dense, W8A8, W4A16 and W4A8, and arithmetic on them.
+"""Formats a linear layer's weight may take (dense, W8A8, FP8, W4A16, W4A8), and their arithmetic.
 
 Takes dense weights and scales; gives quantized weights, their sizes, and the plain reference of
 what a layer of each format computes. It does not know how weights are chosen, stored on disk or
@@ -18,8 +18,11 @@ from jobs.config import Scheme as Scheme  # the name that layers and loaders imp
 
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 GROUPED: tuple[Scheme, ...] = ("w4a16", "w4a8")  # int4 weights with a scale per group of inputs
+# One byte a weight, and a scale per output: the type on disk and in memory.
+CHANNELED: dict[Scheme, torch.dtype] = {"w8a8": torch.int8, "fp8": torch.float8_e4m3fn}
 DEFAULT_GROUP_SIZE = 128
 INT4_PER_INT32 = 8
+FP8_MAX = 448  # largest value of float8_e4m3fn
 _REFERENCE_BLOCK = 256
 
 
@@ -43,7 +46,7 @@ class Layout:
         scale_bytes = 2 * out_features * self.num_groups(in_features)
         if self.scheme == "bf16":
             return 2 * num_weights
-        if self.scheme == "w8a8":
+        if self.scheme in CHANNELED:
             return num_weights + scale_bytes
         words = -(-in_features // INT4_PER_INT32)
         return 4 * out_features * words + scale_bytes + 2 * 8
@@ -51,10 +54,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Symmetric integer weights with their scales: `values_OI * scale_OG` is the weight.
+    """Symmetric weights of few bits with their scales: `values_OI * scale_OG` is the weight.
 
-    `values_OI` is int8, in [-128, 127] for w8a8, else in [-8, 7] (one value a byte here);
-    `scale_OG` is float32 holding bfloat16 values, G = 1 for w8a8.
+    `values_OI` is float8_e4m3fn for fp8, else int8: in [-128, 127] for w8a8 and in [-8, 7] for
+    int4 (one value a byte here). `scale_OG` is float32 holding bfloat16 values, G = 1 for fp8 and
+    w8a8.
     """
 
     scheme: Scheme
@@ -66,7 +70,8 @@ class QuantizedWeight:
         rows, columns = self.values_OI.shape
         groups = self.layout.num_groups(columns)
         assert self.scheme != "bf16", "a dense weight is a plain tensor"
-        assert self.values_OI.dtype == torch.int8, f"values are {self.values_OI.dtype}, not int8"
+        dtype = CHANNELED.get(self.scheme, torch.int8)
+        assert self.values_OI.dtype == dtype, f"values are {self.values_OI.dtype}, not {dtype}"
         assert self.scale_OG.shape == (rows, groups), f"scales are {tuple(self.scale_OG.shape)}"
         assert columns % groups == 0, f"{columns} inputs do not divide into {groups} groups"
 
@@ -90,15 +95,23 @@ class QuantizedWeight:
         return replace(self, values_OI=self.values_OI.to(device), scale_OG=self.scale_OG.to(device))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight_OI these integers stand for."""
+        """Return the weight_OI these values stand for."""
         values_OGS = self.values_OI.float().unflatten(1, (self.scale_OG.shape[1], -1))
         return (values_OGS * self.scale_OG.float()[:, :, None]).flatten(1).to(dtype)
 
 
 def value_range(scheme: Scheme) -> tuple[int, int]:
-    """Return the smallest and largest integer of a quantized scheme."""
-    assert scheme != "bf16", "a dense weight has no integer range"
+    """Return the smallest and largest value of a quantized scheme."""
+    assert scheme != "bf16", "a dense weight has no range of values"
+    if scheme == "fp8":
+        return (-FP8_MAX, FP8_MAX)
     return (-128, 127) if scheme == "w8a8" else (-8, 7)
+
+
+def round_values_(scaled: Tensor, scheme: Scheme) -> Tensor:
+    """Round float weights, divided by their scale, to a scheme's values; may work in place."""
+    scaled.clamp_(*value_range(scheme))
+    return scaled.to(torch.float8_e4m3fn).float() if scheme == "fp8" else scaled.round_()
 
 
 def round_scale(scale: Tensor) -> Tensor:
@@ -108,12 +121,11 @@ def round_scale(scale: Tensor) -> Tensor:
 
 
 def round_to_scale(weight_OI: Tensor, scale_OG: Tensor, layout: Layout) -> QuantizedWeight:
-    """Round a dense weight to the nearest integers at given scales, clipped to the range."""
-    low, high = value_range(layout.scheme)
+    """Round a dense weight to the nearest values at given scales, clipped to the range."""
     scale_OG = round_scale(scale_OG)
     weight_OGS = weight_OI.float().unflatten(1, (scale_OG.shape[1], -1))
-    values_OGS = (weight_OGS / scale_OG[:, :, None]).round().clamp(low, high)
-    values_OI = values_OGS.flatten(1).to(torch.int8)
+    values_OGS = round_values_(weight_OGS / scale_OG[:, :, None], layout.scheme)
+    values_OI = values_OGS.flatten(1).to(CHANNELED.get(layout.scheme, torch.int8))
     return QuantizedWeight(layout.scheme, values_OI, scale_OG, layout.group_size)
 
 
@@ -128,13 +140,26 @@ def quantize_rows(x_NI: Tensor) -> tuple[Tensor, Tensor]:
     return (x_NI / scale_N1).round().clamp(-128, 127).to(torch.int8), scale_N1
 
 
+def quantize_rows_fp8(x_NI: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize activations to float8_e4m3fn, one scale a row (token), as `quantize_rows` to int8.
+
+    The largest value of a row becomes 448. Casting rounds to nearest, so no value passes the range.
+    """
+    largest_N1 = torch.linalg.vector_norm(
+        x_NI, torch.inf, dim=-1, keepdim=True, dtype=torch.float32
+    )
+    scale_N1 = (largest_N1 / FP8_MAX).clamp_min(1e-12)
+    return (x_NI / scale_N1).to(torch.float8_e4m3fn), scale_N1
+
+
 def reference_linear(x_NI: Tensor, weight: QuantizedWeight) -> Tensor:
     """Return what a quantized layer computes on x_NI, plainly, in x's dtype; no bias.
 
     Works on a block of outputs at a time, so a dequantized copy of the weight never exists.
     """
-    if weight.scheme == "w8a8":
-        values_NI, scale_N1 = quantize_rows(x_NI)
+    if weight.scheme in CHANNELED:
+        quantize = quantize_rows_fp8 if weight.scheme == "fp8" else quantize_rows
+        values_NI, scale_N1 = quantize(x_NI)
         y_NO = _by_blocks(values_NI.float(), weight.values_OI)
         return (y_NO * scale_N1 * weight.scale_OG.float()[:, 0]).to(x_NI.dtype)
     dtype = x_NI.dtype

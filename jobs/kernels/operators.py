@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cluster.errors import EngineError
-from jobs.kernels import choices, dense, w4a8, w4a16, w8a8
+from jobs.kernels import choices, dense, fp8, w4a8, w4a16, w8a8
 from jobs.kernels.choices import Choice
 from jobs.kernels.formats import (
     DEFAULT_GROUP_SIZE,
@@ -41,6 +41,7 @@ _PLAIN = "reference"
 _OPERATORS: tuple[Operator, ...] = (
     *dense.OPERATORS,
     *w8a8.OPERATORS,
+    *fp8.OPERATORS,
     *w4a16.OPERATORS,
     *w4a8.OPERATORS,
 )

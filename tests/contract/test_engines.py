@@ -168,7 +168,7 @@ def test_generate_when_greedy_equals_the_plain_forward_for_every_batch(engine, r
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # zentorch's first import
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "w4a16"])
 def test_generate_when_model_is_quantized_follows_the_plain_forward(plugin, tmp_path, scheme):
     recipe = Recipe(steps=(Step(method="rtn", options={"scheme": scheme}),))
     train_tokenizer(["def read_file(path): return path\n" * 20], 300, tmp_path)

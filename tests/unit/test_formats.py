@@ -3,16 +3,22 @@
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from jobs.kernels.formats import (
     Layout,
     QuantizedWeight,
+    Scheme,
     pack_int4,
     quantize_rows,
+    quantize_rows_fp8,
     reference_linear,
     round_scale,
     round_to_scale,
     unpack_int4,
+    value_range,
 )
 
 
@@ -20,7 +26,7 @@ def random_weight(rows: int, columns: int, layout: Layout) -> QuantizedWeight:
     weight_OI = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
     groups = layout.num_groups(columns)
     largest_OG = weight_OI.unflatten(1, (groups, -1)).abs().amax(dim=-1)
-    return round_to_scale(weight_OI, largest_OG / (127 if layout.scheme == "w8a8" else 7), layout)
+    return round_to_scale(weight_OI, largest_OG / value_range(layout.scheme)[1], layout)
 
 
 @pytest.mark.parametrize("columns", [8, 13, 128, 129])
@@ -53,6 +59,47 @@ def test_rounding_when_values_exceed_the_range_clips() -> None:
     assert rounded.values_OI.tolist() == [[7, -8, 0, -1]]
 
 
+def test_rounding_when_fp8_errs_at_most_half_a_step_of_three_mantissa_bits() -> None:
+    weight_OI = torch.randn(6, 48, generator=torch.Generator().manual_seed(1))
+    weight = random_weight(6, 48, Layout("fp8"))
+    smallest_O1 = weight.scale_OG * 2**-6  # Below the smallest normal number steps are equal.
+    allowed_OI = torch.maximum(weight_OI.abs(), smallest_O1) * 2**-4
+    error_OI = (weight.dequantize() - weight_OI).abs()
+    # The stored scale is rounded to bfloat16, so the largest weight may be clipped a little.
+    assert bool((error_OI <= allowed_OI * 1.01).all())
+    assert float(weight.values_OI.float().abs().max()) == 448
+
+
+def test_rounding_when_fp8_values_exceed_the_range_clips() -> None:
+    rounded = round_to_scale(torch.tensor([[1e4, -1e4, 17.0]]), torch.ones(1, 1), Layout("fp8"))
+    assert rounded.values_OI.float().tolist() == [[448, -448, 16]]
+
+
+@pytest.mark.parametrize("largest", [1e-9, 3.3, 1e30])
+def test_activations_when_fp8_fill_the_range_row_by_row(largest: float) -> None:
+    x_NI = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
+    x_NI = x_NI / x_NI.abs().amax(dim=1, keepdim=True) * largest
+    x_NI[5] = 0
+    values_NI, scale_N1 = quantize_rows_fp8(x_NI)
+    assert values_NI.dtype == torch.float8_e4m3fn
+    assert bool(torch.isfinite(values_NI.float() * scale_N1).all())
+    largest_N = values_NI.float().abs().amax(dim=1)
+    assert largest_N[torch.arange(64) != 5].unique().tolist() == [448]
+    assert not values_NI[5].float().any()
+
+
+def test_activations_when_fp8_equal_compressed_tensors() -> None:
+    x_NI = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    arguments = QuantizationArgs(
+        num_bits=8, type="float", strategy="token", symmetric=True, dynamic=True
+    )
+    values_NI, scale_N1 = quantize_rows_fp8(x_NI)
+    theirs_BN1, zero_BN1 = compute_dynamic_scales_and_zp(x_NI[None], arguments, None)
+    assert torch.equal(scale_N1, theirs_BN1[0])
+    theirs_BNI = fake_quantize(x_NI[None], theirs_BN1, zero_BN1, arguments)
+    assert torch.equal(values_NI.float() * scale_N1, theirs_BNI[0])
+
+
 def test_scale_when_all_weights_are_zero_is_one() -> None:
     assert round_scale(torch.zeros(2, 1)).tolist() == [[1.0], [1.0]]
 
@@ -81,11 +128,12 @@ def test_reference_when_w4a16_is_the_dequantized_product() -> None:
     )
 
 
-def test_reference_when_w8a8_is_the_product_of_rounded_activations() -> None:
-    weight = random_weight(300, 64, Layout("w8a8"))
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8"])
+def test_reference_when_8_bit_is_the_product_of_rounded_activations(scheme: Scheme) -> None:
+    weight = random_weight(300, 64, Layout(scheme))
     x_NI = torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
-    values_NI, scale_N1 = quantize_rows(x_NI)
-    expected_NO = (values_NI * scale_N1) @ weight.dequantize().T
+    values_NI, scale_N1 = (quantize_rows_fp8 if scheme == "fp8" else quantize_rows)(x_NI)
+    expected_NO = (values_NI.float() * scale_N1) @ weight.dequantize().T
     torch.testing.assert_close(reference_linear(x_NI, weight), expected_NO, rtol=1e-5, atol=1e-5)
 
 
@@ -94,6 +142,7 @@ def test_reference_when_w8a8_is_the_product_of_rounded_activations() -> None:
     [
         (Layout("bf16"), 2 * 10 * 256),
         (Layout("w8a8"), 10 * 256 + 2 * 10),
+        (Layout("fp8"), 10 * 256 + 2 * 10),
         (Layout("w4a16", 128), 10 * 128 + 2 * 10 * 2 + 16),
     ],
 )

@@ -21,7 +21,7 @@ def test_dense_layer_when_called_equals_torch() -> None:
     assert (layer.scheme, layer.operator) == ("bf16", "dense")
 
 
-@pytest.mark.parametrize("layout", [Layout("w8a8"), Layout("w4a16", 64)])
+@pytest.mark.parametrize("layout", [Layout("w8a8"), Layout("fp8"), Layout("w4a16", 64)])
 def test_quantized_layer_when_given_bias_and_batch_keeps_shape_and_adds(layout: Layout) -> None:
     weight_OI, bias_O, x_BTI = random(96, 128), random(96), random(2, 3, 128)
     scale_OG = weight_OI.unflatten(1, (layout.num_groups(128), -1)).abs().amax(-1) / 7
@@ -32,7 +32,9 @@ def test_quantized_layer_when_given_bias_and_batch_keeps_shape_and_adds(layout: 
     assert float((y_BTO - expected_BTO).abs().max() / expected_BTO.abs().max()) <= 1e-2
 
 
-@pytest.mark.parametrize(("layout", "bits"), [(Layout("w8a8"), 8.5), (Layout("w4a16", 128), 4.5)])
+@pytest.mark.parametrize(
+    ("layout", "bits"), [(Layout("w8a8"), 8.5), (Layout("fp8"), 8.5), (Layout("w4a16", 128), 4.5)]
+)
 def test_quantized_layer_when_resident_is_as_small_as_its_format(
     layout: Layout, bits: float
 ) -> None:

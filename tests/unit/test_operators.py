@@ -11,28 +11,35 @@ import torch
 from torch import Tensor
 
 from cluster.errors import EngineError
-from jobs.kernels.formats import Layout, QuantizedWeight, reference_linear, round_to_scale
+from jobs.kernels.formats import (
+    CHANNELED,
+    Layout,
+    QuantizedWeight,
+    reference_linear,
+    round_to_scale,
+    value_range,
+)
 from jobs.kernels.linear import build_linear
 from jobs.kernels.operator import Problem
 from jobs.kernels.operators import available, choose, find
 
 CASES = [
     (scheme, operator)
-    for scheme in ("w8a8", "w4a16", "w4a8")
+    for scheme in ("w8a8", "fp8", "w4a16", "w4a8")
     for operator in available(scheme, "cpu")
 ]
 SHAPES = [(256, 256), (768, 256), (128, 384), (272, 128)]
 
 
 def layout_of(scheme: str, group_size: int = 128) -> Layout:
-    return Layout("w8a8") if scheme == "w8a8" else Layout(scheme, group_size)  # type: ignore[arg-type]  # parametrized text
+    return Layout(scheme, None if scheme in CHANNELED else group_size)  # type: ignore[arg-type]  # parametrized text
 
 
 def make_weight(rows: int, columns: int, layout: Layout, seed: int = 0) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(seed)
     weight_OI = torch.randn(rows, columns, generator=generator) * 0.02
     largest_OG = weight_OI.unflatten(1, (layout.num_groups(columns), -1)).abs().amax(dim=-1)
-    return round_to_scale(weight_OI, largest_OG / (127 if layout.scheme == "w8a8" else 7), layout)
+    return round_to_scale(weight_OI, largest_OG / value_range(layout.scheme)[1], layout)
 
 
 def make_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -101,7 +108,7 @@ def test_operator_when_threads_change_after_packing_stays_right(scheme: str, ope
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "w4a8"])
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "w4a16", "w4a8"])
 @pytest.mark.parametrize("shape", [(256, 256), (128, 4864), (1000, 256)])
 def test_choice_when_made_is_right_for_its_shape(scheme: str, shape: tuple[int, int]) -> None:
     choice = choose(scheme, *shape, torch.float32)  # type: ignore[arg-type]  # parametrized text
@@ -129,6 +136,13 @@ def test_available_when_dense_lists_torch_last() -> None:
     assert available("bf16")[-1] == "dense"
 
 
+def test_available_when_fp8_has_no_device_for_it_is_the_reference() -> None:
+    assert available("fp8", "cpu") == ["reference"]
+    problem = Problem(Layout("fp8"), 64, 64, torch.float32, torch.device("cpu"))
+    with pytest.raises(EngineError, match="`scaled_mm` cannot run this layer: it runs on CUDA"):
+        find("scaled_mm", problem)
+
+
 def test_find_when_name_is_wrong_lists_the_right_ones() -> None:
     problem = Problem(Layout("w8a8"), 8, 8, torch.float32, torch.device("cpu"))
     with pytest.raises(EngineError, match=r"no operator `zen` for w8a8; there are: .*reference"):
@@ -143,7 +157,7 @@ def test_find_when_operator_refuses_says_why() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "w4a16"])
 @pytest.mark.parametrize("shape", [(1024, 512), (512, 1024)])
 def test_operators_when_on_cuda_equal_the_reference(scheme: str, shape: tuple[int, int]) -> None:
     weight = make_weight(*shape, layout_of(scheme))

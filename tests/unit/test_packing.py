@@ -19,12 +19,14 @@ from jobs.models.decoder import build, save
 
 SHAPES = ("llama", "qwen2", "qwen3", "mistral")
 INT8 = Step(method="rtn", options={"scheme": "w8a8"})
+FP8 = Step(method="rtn", options={"scheme": "fp8"})
 INT4 = Step(method="rtn", options={"scheme": "w4a16", "group_size": 32})
 INT4_INT8 = Step(method="rtn", options={"scheme": "w4a8", "group_size": 32})
 MIXED = (INT4, INT8.replace(targets=("*.mlp.down_proj",)))
 RECIPES = {
     "int8": Recipe(steps=(INT8,)),
     "int4": Recipe(steps=(INT4,)),
+    "fp8": Recipe(steps=(FP8,)),
     "mixed": Recipe(steps=MIXED),
     "partly": Recipe(steps=(INT8.replace(targets=("*layers.0*",)),)),
     "int4 weights, int8 inputs": Recipe(steps=(INT4_INT8,)),
@@ -93,8 +95,9 @@ def test_model_when_saved_loads_with_the_same_logits(
 ) -> None:
     compressed = write(tmp_path, RECIPES[recipe], config_of(shape))
     loaded = load_model(tmp_path, verify=False)
-    # W8A8 also rounds activations, which the fake-quantized model does not; W4A16 to bfloat16.
-    limit = {"dense": 1e-5, "int4": 0.01}.get(recipe, 0.04)
+    # W8A8 also rounds activations, which the fake-quantized model does not, FP8 rounds them to four
+    # significant bits, W4A16 to bfloat16.
+    limit = {"dense": 1e-5, "int4": 0.01, "fp8": 0.1}.get(recipe, 0.04)
     difference = relative_difference(loaded.model(some_tokens()), compressed.model(some_tokens()))
     assert difference <= limit
     assert loaded.config == compressed.model.config
@@ -188,10 +191,15 @@ def test_config_when_targets_are_patterns_is_understood(targets: list[str], tmp_
     assert [name for name, s in loaded.schemes.items() if s == "bf16"] == ["lm_head"]
 
 
-def test_config_when_a_preset_names_the_scheme_is_understood(tmp_path: Path) -> None:
-    write(tmp_path, RECIPES["int8"])
-    edit_config(tmp_path, ["quantization_config", "config_groups"], {"W8A8": ["Linear"]})
-    assert load_model(tmp_path, verify=False).schemes["model.layers.0.mlp.up_proj"] == "w8a8"
+@pytest.mark.parametrize(
+    ("recipe", "preset", "scheme"), [("int8", "W8A8", "w8a8"), ("fp8", "FP8_DYNAMIC", "fp8")]
+)
+def test_config_when_a_preset_names_the_scheme_is_understood(
+    recipe: str, preset: str, scheme: str, tmp_path: Path
+) -> None:
+    write(tmp_path, RECIPES[recipe])
+    edit_config(tmp_path, ["quantization_config", "config_groups"], {preset: ["Linear"]})
+    assert load_model(tmp_path, verify=False).schemes["model.layers.0.mlp.up_proj"] == scheme
 
 
 @pytest.mark.parametrize(
@@ -201,8 +209,12 @@ def test_config_when_a_preset_names_the_scheme_is_understood(tmp_path: Path) -> 
         (["kv_cache_scheme"], {"num_bits": 8}, "kv_cache_scheme"),
         (["quantization_status"], "frozen", "quantization_status `frozen`"),
         (["config_groups"], {"FP8": ["Linear"]}, "scheme `FP8` is not supported"),
-        (["config_groups", "group_0", "weights", "num_bits"], 3, "3-bit weights by channel"),
-        (["config_groups", "group_0", "weights", "type"], "float", "type='float'"),
+        (["config_groups", "group_0", "weights", "num_bits"], 3, "3-bit int weights by channel"),
+        (
+            ["config_groups", "group_0", "weights", "type"],
+            "float",
+            "8-bit float weights by channel",
+        ),
         (["config_groups", "group_0", "weights", "symmetric"], False, "symmetric=False"),
         (["config_groups", "group_0", "weights", "actorder"], "group", "actorder='group'"),
         (["config_groups", "group_0", "input_activations"], None, "no quantized activations"),

@@ -1,8 +1,8 @@
 """Round to nearest: the weight decides alone, no data is seen.
 
-Takes one dense weight; gives integers at a scale per output channel (w8a8) or per group of inputs
-(w4a16, w4a8). The scale is the largest weight's (`minmax`), or that clipped by the ratio, out of a
-grid, that leaves the least squared error in the channel or group (`mse`).
+Takes one dense weight; gives values of few bits at a scale per output channel (w8a8, fp8) or per
+group of inputs (w4a16, w4a8). The scale is the largest weight's (`minmax`), or that clipped by the
+ratio, out of a grid, that leaves the least squared error in the channel or group (`mse`).
 """
 
 from typing import Literal, Self
@@ -20,6 +20,7 @@ from jobs.kernels.formats import (
     Scheme,
     round_scale,
     round_to_scale,
+    round_values_,
     value_range,
 )
 
@@ -29,7 +30,7 @@ _GRID = tuple(1.0 - 0.02 * step for step in range(26))
 class Options(StrictModel):
     """Into which format, and how scales are chosen."""
 
-    scheme: Scheme = Field("w8a8", description="bf16 (leave dense), w8a8, w4a16 or w4a8.")
+    scheme: Scheme = Field("w8a8", description="bf16 (leave dense), w8a8, fp8, w4a16 or w4a8.")
     group_size: int = Field(
         DEFAULT_GROUP_SIZE, ge=16, description="int4: inputs that share a scale; a power of 2."
     )
@@ -68,14 +69,13 @@ def _largest_scale(weight_OI: Tensor, chosen: Layout) -> Tensor:
 
 def _best_scale(weight_OI: Tensor, largest_OG: Tensor, chosen: Layout) -> Tensor:
     """Return the scale on the grid below the largest that leaves the least squared error."""
-    low, high = value_range(chosen.scheme)
     weight_OGS = weight_OI.float().unflatten(1, (largest_OG.shape[1], -1))
     best_OG = largest_OG
     least_OG = torch.full_like(largest_OG, torch.inf)
     for ratio in _GRID:
         scale_OG = round_scale(largest_OG * ratio)
         step_OG1 = scale_OG[:, :, None]
-        rounded_OGS = (weight_OGS / step_OG1).round_().clamp_(low, high).mul_(step_OG1)
+        rounded_OGS = round_values_(weight_OGS / step_OG1, chosen.scheme).mul_(step_OG1)
         error_OG = rounded_OGS.sub_(weight_OGS).square_().sum(dim=-1)
         is_better_OG = error_OG < least_OG
         best_OG = torch.where(is_better_OG, scale_OG, best_OG)
