@@ -26,7 +26,8 @@ class Reply:
     times_s: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     is_whole: bool = False
-    error: str | None = None
+    error: str | None = None  # What the server said.
+    failure: str | None = None  # How the connection failed.
     headers: bytes = b""
     asked_s: float = 0.0
     answered_s: float = 0.0
@@ -42,19 +43,22 @@ class Api:
     model: str
 
 
-async def ask(api: Api, request: Request, *, leave_after: int | None = None) -> Reply:
-    """Stream one completion; with `leave_after` hang up after so many tokens."""
+async def ask(
+    api: Api,
+    request: Request,
+    *,
+    leave_after: int | None = None,
+    leave_after_s: float | None = None,
+) -> Reply:
+    """Stream one completion; hang up after so many tokens, or after so long."""
     reply = Reply(asked_s=time.perf_counter())
     try:
-        reader, writer = await asyncio.open_connection(api.host, api.port)
-        try:
-            writer.write(_bytes_of(api, request))
-            await _read(reader, reply, leave_after)
-        finally:
-            writer.close()
-    except OSError as error:
-        reply.error = f"{type(error).__name__}: {error}"
-    reply.answered_s = time.perf_counter()
+        async with asyncio.timeout(leave_after_s) as leaving:
+            await _exchange(api, request, reply, leave_after)
+    except (OSError, EOFError) as error:  # TimeoutError is an OSError.
+        if not leaving.expired():
+            reply.failure = f"{type(error).__name__}: {error}"
+    reply.answered_s = reply.answered_s or time.perf_counter()
     return reply
 
 
@@ -105,6 +109,16 @@ def _bytes_of(api: Api, request: Request) -> bytes:
         f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
+
+
+async def _exchange(api: Api, request: Request, reply: Reply, leave_after: int | None) -> None:
+    reader, writer = await asyncio.open_connection(api.host, api.port)
+    try:
+        writer.write(_bytes_of(api, request))
+        await _read(reader, reply, leave_after)
+        reply.answered_s = time.perf_counter()
+    finally:
+        writer.close()
 
 
 async def _read(reader: asyncio.StreamReader, reply: Reply, leave_after: int | None) -> None:

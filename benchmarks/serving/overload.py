@@ -2,89 +2,131 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.serving.http_client import Api, Reply, ask, ask_all
-from benchmarks.serving.workload import Request, percentile, poisson
+from benchmarks.serving.workload import percentile, poisson
 
-_CALIBRATE_S = 20.0
 _CLIENTS = 32
+_WARM_UP_S = 5.0
 _FACTOR = 5.0
-_SAMPLE_S = 1.0
+_TICK_S = 0.02
+_MEMORY_EVERY_S = 1.0
+
+
+@dataclass
+class _Watched:
+    """What was seen while requests were under way."""
+
+    lags_s: list[float] = field(default_factory=list)  # How late this process itself was.
+    memory_bytes: list[int] = field(default_factory=list)
 
 
 def measure(
     api: Api,
     vocab_size: int,
     resident_bytes: Callable[[], int],
-    duration_s: float,
+    durations_s: tuple[float, float],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Return goodput at five times capacity against its peak, refusals' times, and memory.
 
-    Capacity is what 32 clients that wait for their answers get; its rate is the peak. Goodput
-    counts whole answers. Memory is that of the gateway and the replicas.
+    The peak is what 32 clients get that ask one request after another, once all of them are at it.
+    Goodput counts whole answers, from the first request to the last answer. Memory is that of the
+    gateway and the replicas. `durations_s` are those of the two parts.
     """
-    peak_per_s = asyncio.run(_closed_loop(api, vocab_size))
+    peak_s, flood_s = durations_s
+    peak_per_s = asyncio.run(_closed_loop(api, vocab_size, peak_s))
     say(f"capacity {peak_per_s:.2f} requests/s")
-    requests = poisson(_FACTOR * peak_per_s, duration_s, vocab_size)
-    replies, memory = asyncio.run(_flood(api, requests, resident_bytes))
+    requests = poisson(_FACTOR * peak_per_s, flood_s, vocab_size, turn=1)
+
+    async def flood() -> tuple[list[Reply], _Watched]:
+        async with _watch(resident_bytes) as watched:
+            _, replies = await ask_all(api, requests)
+        return replies, watched
+
+    replies, watched = asyncio.run(flood())
+    first_s = min(reply.asked_s for reply in replies)
+    last_s = max(reply.answered_s for reply in replies)
     whole = [reply for reply in replies if reply.is_whole]
     refused = [reply for reply in replies if reply.status == 429]
-    last_s = max(reply.answered_s for reply in replies) - min(reply.asked_s for reply in replies)
-    refusals_ms = [1e3 * (reply.answered_s - reply.asked_s) for reply in refused]
-    quarter = len(memory) // 4
+    goodput_per_s = len(whole) / (last_s - first_s)
     return {
-        "duration_s": duration_s,
-        "capacity_per_s": peak_per_s,
-        "offered_per_s": len(requests) / duration_s,
-        "goodput_per_s": len(whole) / last_s,
-        "goodput_ratio": len(whole) / last_s / peak_per_s,
+        "duration_s": flood_s,
+        "peak_per_s": peak_per_s,
+        "offered_per_s": len(requests) / flood_s,
+        "goodput_per_s": goodput_per_s,
+        "goodput_ratio": goodput_per_s / peak_per_s,
+        "answered": len(whole),
         "refused": len(refused),
         "cut_short": len(replies) - len(whole) - len(refused),
-        "refusal_ms": {
-            "p50": percentile(refusals_ms, 0.5),
-            "p99": percentile(refusals_ms, 0.99),
-            "max": max(refusals_ms),
-        },
-        "memory_bytes": {"after_a_quarter": memory[quarter], "at_the_end": memory[-1]},
-        "memory_growth_ratio": memory[-1] / memory[quarter] - 1,
+        "refusal_ms": _spread_ms([reply.answered_s - reply.asked_s for reply in refused]),
+        "refusals_within_50_ms": _within(0.05, refused),
+        "clients_lag_ms": _spread_ms(watched.lags_s),
+        "first_token_ms": _spread_ms([reply.times_s[0] - reply.asked_s for reply in whole]),
+        **_growth(watched.memory_bytes),
     }
 
 
-async def _closed_loop(api: Api, vocab_size: int) -> float:
-    """Return requests answered per second with a fixed number of clients."""
+async def _closed_loop(api: Api, vocab_size: int, duration_s: float) -> float:
+    """Return answers per second with a fixed number of clients, after they have warmed up."""
     pool = poisson(100.0, 60.0, vocab_size)
-    stop_s = time.perf_counter() + _CALIBRATE_S
-    answered = 0
+    start_s = time.perf_counter() + _WARM_UP_S
+    stop_s = start_s + duration_s
+    ends_s: list[float] = []
 
     async def client(number: int) -> None:
-        nonlocal answered
         while time.perf_counter() < stop_s:
-            number = (number + 37) % len(pool)
+            number = (number + _CLIENTS) % len(pool)
             reply = await ask(api, pool[number])
-            answered += reply.is_whole
+            if reply.is_whole:
+                ends_s.append(reply.answered_s)
 
-    start_s = time.perf_counter()
     await asyncio.gather(*(client(n) for n in range(_CLIENTS)))
-    return answered / (time.perf_counter() - start_s)
+    return sum(start_s <= end_s < stop_s for end_s in ends_s) / duration_s
 
 
-async def _flood(
-    api: Api, requests: list[Request], resident_bytes: Callable[[], int]
-) -> tuple[list[Reply], list[int]]:
-    memory: list[int] = []
+@asynccontextmanager
+async def _watch(resident_bytes: Callable[[], int]) -> AsyncIterator[_Watched]:
+    watched = _Watched()
 
-    async def sample() -> None:
+    async def tick() -> None:
         while True:
-            memory.append(resident_bytes())
-            await asyncio.sleep(_SAMPLE_S)
+            due_s = time.perf_counter() + _TICK_S
+            await asyncio.sleep(_TICK_S)
+            watched.lags_s.append(time.perf_counter() - due_s)
 
-    sampling = asyncio.create_task(sample())
+    async def weigh() -> None:
+        while True:
+            watched.memory_bytes.append(await asyncio.to_thread(resident_bytes))
+            await asyncio.sleep(_MEMORY_EVERY_S)
+
+    tasks = [asyncio.create_task(tick()), asyncio.create_task(weigh())]
     try:
-        _, replies = await ask_all(api, requests)
+        yield watched
     finally:
-        sampling.cancel()
-    memory.append(resident_bytes())
-    return replies, memory
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _within(limit_s: float, replies: Sequence[Reply]) -> float:
+    """Return the share of replies that were complete within a time."""
+    return sum(r.answered_s - r.asked_s <= limit_s for r in replies) / len(replies)
+
+
+def _spread_ms(seconds: Sequence[float]) -> dict[str, float]:
+    shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+    return {name: 1e3 * percentile(seconds, share) for name, share in shares.items()}
+
+
+def _growth(memory_bytes: Sequence[int]) -> dict[str, Any]:
+    """Return memory at each quarter of the time, and by how much it grew after the first."""
+    quarters = [memory_bytes[(len(memory_bytes) - 1) * part // 4] for part in range(5)]
+    return {
+        "memory_bytes_by_quarter": quarters,
+        "memory_growth_ratio": quarters[-1] / quarters[1] - 1,
+    }

@@ -6,6 +6,7 @@ Takes a `Bench`; gives a part of the report. How a figure is taken stands in the
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ from benchmarks.serving import (
 )
 from benchmarks.serving.contender import Contender, Process
 from benchmarks.serving.http_client import Served
-from benchmarks.serving.models import BENCH, REFERENCE, ROOT, SMALL, Models
+from benchmarks.serving.models import BENCH, REFERENCE, ROOT, SMALL, Models, interpreter
 from benchmarks.serving.service import Service
 from cluster.errors import ConfigError, ModelNotFoundError
 from jobs.registry import Registry
+from serving.directory import HEARTBEAT_S
 
 OPTIONS = {
     "max_slots": 32,
@@ -38,12 +40,13 @@ OPTIONS = {
     "max_batch_tokens": 2048,  # Half of what the peers are given.
     "cache_dtype": "bfloat16",
 }
-# Where the time between tokens counts, a pass must not be long.
+# Where the time between tokens counts, or how soon work ends, a pass must not be long.
 EVEN_OPTIONS = {**OPTIONS, "max_batch_tokens": 192}
 # Ray gives a replica as many threads as CPUs.
 CPUS = float(os.cpu_count() or 1)
-_SWEEP_PEERS = ("openvino-int8", "llama.cpp-Q8_0", "vllm-bf16")
-_OVERLOAD_S = 180.0
+# Each engine at the bits at which it answers most requests.
+_SWEEP_PEERS = ("openvino-int8", "llama.cpp-Q4_0", "vllm-w8a8")
+_OVERLOAD_S = (60.0, 180.0)  # To find the peak, and at five times of it.
 _BUDGET_TOKENS = 4_000
 Section = dict[str, Any]
 
@@ -104,9 +107,13 @@ def _sweep(bench: Bench) -> Section:
     contenders: dict[str, Contender] = {
         peers.OURS: bench.served(bench.service(), models.compressed("w8a8"), "w8a8", EVEN_OPTIONS)
     }
+    batch_tokens = str(EVEN_OPTIONS["max_batch_tokens"])
     for peer in peers.PEERS:
         if peer.name in _SWEEP_PEERS:
-            contenders[peer.name] = peers.start_peer(bench.stack, peer, models)
+            arguments = [str(peer.model(models)), "--batch-tokens", batch_tokens]
+            log = BENCH / "logs" / f"sweep-{peer.name}.log"
+            process = Process(interpreter(peer.module), peer.module, arguments, log)
+            contenders[peer.name] = bench.stack.enter_context(process)
     found = sweep.measure(contenders, REFERENCE.vocab_size, bench.say)
     if bench.plots is not None:
         sweep.plot(found, bench.plots / "goodput.png")
@@ -133,8 +140,13 @@ def _speculative(bench: Bench) -> Section:
 def _overload(bench: Bench) -> Section:
     service = bench.service()
     served = bench.served(service, Models(REFERENCE).compressed("w8a8"), "w8a8")
+    processes = service.processes("ServeReplica")
+
+    def resident_bytes() -> int:
+        return sum(process.memory_info().rss for process in processes)
+
     found = overload.measure(
-        served.api, REFERENCE.vocab_size, service.resident_bytes, _OVERLOAD_S, bench.say
+        served.api, REFERENCE.vocab_size, resident_bytes, _OVERLOAD_S, bench.say
     )
     return {"overload": found}
 
@@ -147,28 +159,41 @@ def _fairness(bench: Bench) -> Section:
 
 
 def _rollout(bench: Bench) -> Section:
-    model, options = Models(SMALL).compressed("w8a8"), {**OPTIONS, "num_threads": 1}
-    return {
-        "rollout": rollout.measure(bench.service(), model, options, SMALL.vocab_size, bench.say)
-    }
+    # A cache as exact as the offline reference, which a version has to agree with.
+    options = {**OPTIONS, "num_threads": 1, "cache_dtype": "float32"}
+    model = Models(SMALL).compressed("w8a8")
+    found = rollout.measure(bench.service(), model, options, SMALL.vocab_size, bench.say)
+    return {"rollout": found}
 
 
 def _cancel(bench: Bench) -> Section:
     service = bench.service()
-    served = bench.served(service, Models(REFERENCE).compressed("w8a8"), "w8a8")
+    served = bench.served(service, Models(REFERENCE).compressed("w8a8"), "w8a8", EVEN_OPTIONS)
 
-    def running() -> int:
-        busy = ("raysmith_engine_running", "raysmith_engine_waiting")
-        return sum(int(service.metric(served.api, name)) for name in busy)
+    (replica,) = service.processes("ServeReplica:engine")
+
+    def engine_cpu_s() -> float:
+        used = replica.cpu_times()
+        return float(used.user + used.system)
+
+    def computed() -> int:
+        time.sleep(2 * HEARTBEAT_S)  # Replicas say once a second what they did.
+        return int(service.metric(served.api, "raysmith_engine_generated_tokens_total"))
 
     def charged() -> int:
-        return service.used("bench")["generated_tokens"]
+        return service.used(served.api, "bench")["generated_tokens"]
 
-    left = cancel.leave(served.api, REFERENCE.vocab_size, running, charged)
+    probe = cancel.Probe(engine_cpu_s, computed, charged)
+    left = cancel.leave(served.api, REFERENCE.vocab_size, probe)
+    bench.say(f"{left}")
     poor = service.api("w8a8", "poor", tokens_per_month=_BUDGET_TOKENS)
     budget = cancel.budget(
-        poor, REFERENCE.vocab_size, _BUDGET_TOKENS, lambda: sum(service.used("poor").values())
+        poor,
+        REFERENCE.vocab_size,
+        _BUDGET_TOKENS,
+        lambda: sum(service.used(served.api, "poor").values()),
     )
+    bench.say(f"{budget}")
     return {"cancel": {**left, "budget": budget}}
 
 

@@ -19,6 +19,7 @@ import psutil
 from benchmarks.serving.http_client import Api
 from benchmarks.serving.models import ROOT
 from cluster.accounting import Key, Scope, Team, month_of
+from cluster.errors import EngineError
 from cluster.ledger import Ledger
 from cluster.serve_api import serve_api
 from cluster.session import HeadConfig, start_head, stop_head
@@ -27,6 +28,7 @@ from jobs.deploy import deploy
 from jobs.registry import Registry
 
 SESSION = "benchmark"
+_SETTLE_TIMEOUT_S = 30.0
 
 
 class Service:
@@ -79,8 +81,18 @@ class Service:
         assert parts.port is not None, self.session.serve_url
         return Api(parts.hostname, parts.port, secret, model)
 
-    def used(self, team: str) -> dict[str, int]:
-        """Return a team's prompt and generated tokens of this month, as the ledger has them."""
+    def used(self, api: Api, team: str) -> dict[str, int]:
+        """Return a team's prompt and generated tokens of this month, as the ledger has them.
+
+        Requests that ended are settled first, and what is settled is written before the gateway
+        says what was used. Raises EngineError if requests do not end.
+        """
+        until_s = time.monotonic() + _SETTLE_TIMEOUT_S
+        while self.metric(api, "raysmith_accepted_choices"):
+            if time.monotonic() > until_s:
+                raise EngineError(f"requests still ran {_SETTLE_TIMEOUT_S:g} s after the last one.")
+            time.sleep(0.05)
+        self._get(api, "/v1/usage")
         rows = self._ledger.usage(month=month_of(time.time()), by=("team",), team=team)
         return {
             "prompt_tokens": sum(row.used.prompt_tokens for row in rows),
@@ -89,10 +101,7 @@ class Service:
 
     def metric(self, api: Api, name: str) -> float:
         """Return the sum of one metric over its labels, from the gateway's page."""
-        url = f"http://{api.host}:{api.port}/metrics"
-        asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {api.key}"})
-        with urllib.request.urlopen(asked, timeout=10) as answer:
-            page = answer.read().decode()
+        page = self._get(api, "/metrics")
         values = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", page, re.MULTILINE)
         return sum(map(float, values))
 
@@ -101,10 +110,12 @@ class Service:
         tree = psutil.Process(self.session.pid).children(recursive=True)
         return [process for process in tree if marker in " ".join(_title(process))]
 
-    def resident_bytes(self) -> int:
-        """Return the memory of the gateway and all replicas."""
-        found = self.processes("ServeReplica")
-        return sum(process.memory_info().rss for process in found if process.is_running())
+    @staticmethod
+    def _get(api: Api, path: str) -> str:
+        url = f"http://{api.host}:{api.port}{path}"
+        asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {api.key}"})
+        with urllib.request.urlopen(asked, timeout=10) as answer:
+            return str(answer.read().decode())
 
     def environment(self) -> dict[str, str]:
         """Return the environment in which `raysmith` finds this cluster and ledger."""

@@ -78,7 +78,7 @@ def _figures(answers: Answers, rate_per_s: float) -> dict[str, Any]:
     return {
         "rate_per_s": rate_per_s,
         "num_requests": len(answers.requests),
-        "goodput_per_s": answers.goodput_per_s(LIMIT),
+        "goodput_per_s": rate_per_s * answers.share_within(LIMIT),
         "tokens_per_s": answers.tokens_per_s,
         "first_token_ms": {
             "p50": 1e3 * percentile(first_s, 0.5),

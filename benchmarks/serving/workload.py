@@ -41,11 +41,10 @@ class Answers:
         """Return the mean time between tokens of each request with two tokens or more."""
         return [(t[-1] - t[0]) / (len(t) - 1) for t in self.times_s if len(t) > 1]
 
-    def goodput_per_s(self, limit: "Limit") -> float:
-        """Return requests per second whose answers are whole and within the limit."""
-        last_s = max(times[-1] for times in self.times_s if times)
+    def share_within(self, limit: "Limit") -> float:
+        """Return the share of requests whose answers are whole and within the limit."""
         pairs = zip(self.requests, self.times_s, strict=True)
-        return sum(limit.holds(request, times) for request, times in pairs) / last_s
+        return sum(limit.holds(request, times) for request, times in pairs) / len(self.requests)
 
 
 @dataclass(frozen=True)
@@ -78,21 +77,20 @@ def together(
     ]
 
 
-def poisson(rate_per_s: float, duration_s: float, vocab_size: int) -> list[Request]:
-    """Return an open loop: exponential gaps, prompts of 16-512 and answers of 8-128 tokens.
+def poisson(rate_per_s: float, duration_s: float, vocab_size: int, turn: int = 0) -> list[Request]:
+    """Return an open loop: random times, prompts of 16-512 and answers of 8-128 tokens.
 
-    Lengths are log-uniform, as conversations' are nearer to than to uniform. The same lengths and
-    prompts come at every rate, only their times differ.
+    As many requests come as the rate says, at uniform times: a Poisson process whose count is
+    known. Lengths are log-uniform, as conversations' are nearer to than to uniform. The same
+    lengths and prompts come at every rate; another `turn` has others.
     """
-    draws = random.Random(0)
-    requests, at_s = [], 0.0
-    while True:
-        at_s += draws.expovariate(1.0) / rate_per_s
+    draws, clock = random.Random(turn), random.Random(f"{rate_per_s} {duration_s} {turn}")
+    num_requests = round(rate_per_s * duration_s)
+    requests = []
+    for at_s in sorted(clock.uniform(0.0, duration_s) for _ in range(num_requests)):
         prompt = _prompt(draws, _log_uniform(draws, 16, 512), vocab_size)
-        request = Request(at_s, prompt, _log_uniform(draws, 8, 128))
-        if at_s >= duration_s:
-            return requests
-        requests.append(request)
+        requests.append(Request(at_s, prompt, _log_uniform(draws, 8, 128)))
+    return requests
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -1,0 +1,105 @@
+"""What the serving benchmark makes of answers: how requests ended, and when work did."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks.serving import cancel, rollout
+from benchmarks.serving.http_client import Api, Reply, ask
+from benchmarks.serving.workload import Answers, Limit, Request, poisson
+
+REQUEST = Request(0.0, (5, 6), 2)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+TOKEN = b'data: {"choices": [{"token_ids": [7]}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+def answered_with(*parts: bytes, leave_after_s: float | None = None, holds: bool = False) -> Reply:
+    """Return what a client makes of these bytes; `holds`: the server then says nothing more."""
+
+    async def scenario() -> Reply:
+        is_over = asyncio.Event()
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"".join(parts))
+            if holds:
+                await is_over.wait()
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server:
+            api = Api("127.0.0.1", port, "key", "model")
+            reply = await ask(api, REQUEST, leave_after_s=leave_after_s)
+            is_over.set()
+        return reply
+
+    return asyncio.run(scenario())
+
+
+def test_ending_when_a_stream_is_complete_is_whole() -> None:
+    reply = answered_with(HEAD, TOKEN, TOKEN, DONE)
+    assert reply.tokens == [7, 7]
+    assert rollout._ending(reply, 2) == "whole"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (),  # Hung up without a word.
+        (HEAD[:20],),
+        (HEAD, TOKEN),
+        (HEAD, TOKEN, DONE),  # Says that it is whole, and lacks a token.
+    ],
+)
+def test_ending_when_an_answer_stops_early_is_cut_short(parts: tuple[bytes, ...]) -> None:
+    assert rollout._ending(answered_with(*parts), 2) == "cut short"
+
+
+def test_ending_when_an_error_event_comes_is_a_clear_error() -> None:
+    error = b'event: error\ndata: {"error": {"message": "gone"}}\n\n'
+    assert rollout._ending(answered_with(HEAD, TOKEN, error, DONE), 2) == "clear error 200"
+
+
+def test_ending_when_refused_is_a_clear_error() -> None:
+    refused = b'HTTP/1.1 503 Service Unavailable\r\n\r\n{"error": {"message": "later"}}'
+    assert rollout._ending(answered_with(refused), 2) == "clear error 503"
+
+
+def test_ask_when_it_leaves_keeps_what_it_received() -> None:
+    reply = answered_with(HEAD, TOKEN, leave_after_s=0.3, holds=True)
+    assert (reply.tokens, reply.is_whole, reply.failure) == ([7], False, None)
+
+
+def counted(busy_s: float) -> Callable[[], float]:
+    """Return the processor time of a process that works for a while, then idles."""
+    start_s = time.perf_counter()
+    return lambda: min(time.perf_counter() - start_s, busy_s)
+
+
+@pytest.mark.parametrize("busy_s", [0.0, 0.3])
+def test_work_after_when_a_process_goes_on_says_how_long(busy_s: float) -> None:
+    found_s = cancel._work_after(counted(busy_s), time.perf_counter())
+    assert busy_s <= found_s <= busy_s + 4 * cancel._SAMPLE_S
+
+
+def test_share_within_when_answers_are_late_short_or_uneven_counts_the_good_ones() -> None:
+    times = [(0.5, 0.55), (1.5, 1.55), (0.5,), (0.5, 1.5), ()]
+    answers = Answers((REQUEST,) * len(times), tuple(times))
+    assert answers.share_within(Limit(first_token_s=1.0, between_tokens_s=0.1)) == 1 / 5
+
+
+@pytest.mark.parametrize("rate_per_s", [0.5, 3.0])
+def test_poisson_when_drawn_has_the_rate_and_the_same_work_at_every_rate(
+    rate_per_s: float,
+) -> None:
+    requests = poisson(rate_per_s, 20.0, 1000)
+    assert len(requests) == 20 * rate_per_s
+    assert all(0 <= a.at_s <= b.at_s < 20 for a, b in itertools.pairwise(requests))
+    others = poisson(5.0, 20.0, 1000)
+    assert [r.prompt for r in requests] == [r.prompt for r in others[: len(requests)]]
+    assert requests[0].prompt != poisson(rate_per_s, 20.0, 1000, turn=1)[0].prompt
