@@ -200,7 +200,7 @@ def test_close_when_calls_wait_ends_them_and_refuses_new_ones(gated, gate):
         calls = [asyncio.create_task(gated.embed([(1,) * 9])) for _ in range(3)]
         await asyncio.to_thread(gate.started.acquire)
         closing = asyncio.create_task(asyncio.to_thread(gated.close))
-        while gated._commands.empty():  # noqa: ASYNC110 - the engine offers no event for it
+        while gated._thread._commands.empty():  # noqa: ASYNC110 - the engine offers no event for it
             await asyncio.sleep(0)
         gate.allowed.release()
         await closing

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -27,10 +26,10 @@ from jobs.data.tokenizer import check_fits, load_tokenizer
 from serving.engines._protocol import EngineInfo, EngineStats
 from serving.engines.native.checks import check_tokens
 from serving.engines.native.config import EngineConfig
+from serving.engines.native.engine_thread import EngineThread, Work
 from serving.engines.native.memory import activation_dtype, choose_device
 
 _logger = logging.getLogger(__name__)
-_CLOSE_TIMEOUT_S = 30.0
 
 Compute = Callable[[Sequence[Sequence[int]]], Tensor]
 
@@ -55,10 +54,6 @@ class _Call:
 _Batch = list[tuple[_Call, list[tuple[int, ...]]]]
 
 
-class _Close:
-    pass
-
-
 class NativeEmbedder:
     """Dynamic batching over one encoder; see `serving.engines._protocol.EmbeddingEngine`."""
 
@@ -74,14 +69,14 @@ class NativeEmbedder:
         self._info = info
         self._max_batch_tokens = max_batch_tokens
         self._clock = clock
-        self._commands: SimpleQueue[_Call | _Close] = SimpleQueue()
         self._waiting: deque[_Call] = deque()
         self._batch: _Batch = []
         self._num_running = self._tokens_waiting = self._prompt_tokens = self._num_passes = 0
-        self._lock = threading.Lock()  # Guards `_failure` and `_tokens_waiting`.
-        self._failure: EngineError | None = None
-        self._thread = threading.Thread(target=self._serve, name="native-embedder", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()  # Guards `_tokens_waiting`.
+        self._thread = EngineThread(
+            "native-embedder",
+            Work(lambda: not self._waiting, self._waiting.append, self._tick, self._end),
+        )
 
     def info(self) -> EngineInfo:
         """Return what this engine runs."""
@@ -103,8 +98,7 @@ class NativeEmbedder:
 
     def stats(self) -> EngineStats:
         """Return the load now; raises EngineError if the engine stopped."""
-        if self._failure is not None:
-            raise EngineError(self._failure.message)
+        self._thread.check()
         waiting = [call for call in tuple(self._waiting) if not call.is_cancelled]
         oldest_s = min((call.submitted_s for call in waiting), default=self._clock())
         return EngineStats(
@@ -120,8 +114,7 @@ class NativeEmbedder:
 
     def close(self) -> None:
         """Stop the thread; calls that still run raise EngineError."""
-        self._commands.put(_Close())
-        self._thread.join(_CLOSE_TIMEOUT_S)
+        self._thread.close()
 
     def _check(self, tokens: tuple[int, ...]) -> None:
         if not tokens:
@@ -135,31 +128,10 @@ class NativeEmbedder:
 
     def _submit(self, call: _Call) -> None:
         with self._lock:
-            if self._failure is not None:
-                raise EngineError(self._failure.message)
             self._tokens_waiting += sum(map(len, call.inputs))
-            self._commands.put(call)
+        self._thread.submit(call)
 
     # What follows runs on the engine's thread.
-
-    def _serve(self) -> None:
-        try:
-            while self._take_commands():
-                self._tick()
-            failure = EngineError("the engine was closed. Start another one.")
-        except Exception as error:
-            _logger.exception("the engine stopped")
-            failure = EngineError(f"the engine stopped: {type(error).__name__}: {error}")
-        self._end(failure)
-
-    def _take_commands(self) -> bool:
-        """Queue what was asked since the last pass, waiting while idle; False to stop."""
-        while not self._waiting or not self._commands.empty():
-            command = self._commands.get()
-            if isinstance(command, _Close):
-                return False
-            self._waiting.append(command)
-        return True
 
     def _tick(self) -> None:
         self._batch = batch = self._schedule()
@@ -217,13 +189,8 @@ class NativeEmbedder:
         for loop, calls in done.items():
             _wake(loop, calls, None)
 
-    def _end(self, failure: EngineError) -> None:
-        with self._lock:
-            self._failure = failure
-        while not self._commands.empty():
-            command = self._commands.get()
-            if isinstance(command, _Call):
-                self._waiting.append(command)
+    def _end(self, failure: EngineError, commands: list[_Call]) -> None:
+        self._waiting += commands
         for call in {*self._waiting, *(call for call, _ in self._batch)}:
             _wake(call.loop, [call], failure)
 

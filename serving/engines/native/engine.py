@@ -8,12 +8,10 @@ queue of commands, and it reaches them through mailboxes.
 """
 
 import asyncio
-import logging
 import threading
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Protocol
 
 from cluster.errors import EngineError, RequestError
@@ -22,15 +20,13 @@ from serving.engines.native.answers import Vocabulary, append, resume
 from serving.engines.native.checks import check_request
 from serving.engines.native.detokenizer import Detokenizer
 from serving.engines.native.drafting import Drafting
+from serving.engines.native.engine_thread import EngineThread, Work
 from serving.engines.native.mailbox import Letter, Mailbox, deliver
 from serving.engines.native.passes import Piece
 from serving.engines.native.runner import Sampled
 from serving.engines.native.sampling import SamplingState
 from serving.engines.native.scheduler import Scheduler
 from serving.engines.native.sequence import Sequence
-
-_logger = logging.getLogger(__name__)
-_CLOSE_TIMEOUT_S = 30.0
 
 
 class Passes(Protocol):
@@ -49,10 +45,6 @@ class _Add:
 @dataclass(frozen=True)
 class _Cancel:
     sequence: Sequence
-
-
-class _Close:
-    pass
 
 
 @dataclass
@@ -85,11 +77,11 @@ class NativeEngine:
         self._max_drafts = max_drafts
         self._totals = _Totals()
         self._submitted_tokens = 0
-        self._commands: SimpleQueue[_Add | _Cancel | _Close] = SimpleQueue()
-        self._lock = threading.Lock()  # Guards `_failure` and `_submitted_tokens`.
-        self._failure: EngineError | None = None
-        self._thread = threading.Thread(target=self._serve, name="native-engine", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()  # Guards `_submitted_tokens`.
+        self._thread = EngineThread(
+            "native-engine",
+            Work(lambda: scheduler.is_idle, self._take, self._tick, self._end),
+        )
 
     def info(self) -> EngineInfo:
         """Return what this engine runs."""
@@ -118,12 +110,11 @@ class NativeEngine:
             raise
         finally:
             if not is_done:
-                self._commands.put(_Cancel(sequence))
+                self._thread.send(_Cancel(sequence))
 
     def stats(self) -> EngineStats:
         """Return the load now; raises EngineError if the engine stopped."""
-        if self._failure is not None:
-            raise EngineError(self._failure.message)
+        self._thread.check()
         totals, scheduler = self._totals, self._scheduler
         return EngineStats(
             num_running=scheduler.num_running,
@@ -144,8 +135,7 @@ class NativeEngine:
 
     def close(self) -> None:
         """Stop the thread; sequences that still run end with EngineError."""
-        self._commands.put(_Close())
-        self._thread.join(_CLOSE_TIMEOUT_S)
+        self._thread.close()
 
     def _sequence(self, request: GenerateRequest, mailbox: Mailbox) -> Sequence:
         max_tokens = check_request(request, self._info, self._vocabulary)
@@ -164,37 +154,19 @@ class NativeEngine:
         )
 
     def _submit(self, sequence: Sequence) -> None:
+        sequence.num_counted = sequence.num_owed
         with self._lock:
-            if self._failure is not None:
-                raise EngineError(self._failure.message)
-            sequence.num_counted = sequence.num_owed
             self._submitted_tokens += sequence.num_counted
-            self._commands.put(_Add(sequence))
+        self._thread.submit(_Add(sequence))
 
     # What follows runs on the engine's thread.
 
-    def _serve(self) -> None:
-        try:
-            while self._take_commands():
-                self._tick()
-            failure = EngineError("the engine was closed. Start another one.")
-        except Exception as error:
-            _logger.exception("the engine stopped")
-            failure = EngineError(f"the engine stopped: {type(error).__name__}: {error}")
-        self._end(failure)
-
-    def _take_commands(self) -> bool:
-        """Carry out what was asked since the last pass, waiting while idle; False to stop."""
-        while self._scheduler.is_idle or not self._commands.empty():
-            command = self._commands.get()
-            if isinstance(command, _Close):
-                return False
-            if isinstance(command, _Add):
-                self._scheduler.add(command.sequence)
-            else:
-                self._scheduler.cancel(command.sequence)
-                self._settle(command.sequence)
-        return True
+    def _take(self, command: _Add | _Cancel) -> None:
+        if isinstance(command, _Add):
+            self._scheduler.add(command.sequence)
+        else:
+            self._scheduler.cancel(command.sequence)
+            self._settle(command.sequence)
 
     def _tick(self) -> None:
         pieces = self._scheduler.schedule()
@@ -244,13 +216,8 @@ class NativeEngine:
         self._totals.settled_tokens += sequence.num_counted - num_owed
         sequence.num_counted = num_owed
 
-    def _end(self, failure: EngineError) -> None:
-        with self._lock:
-            self._failure = failure
+    def _end(self, failure: EngineError, commands: list[_Add | _Cancel]) -> None:
         sequences = self._scheduler.cancel_all()
-        while not self._commands.empty():
-            command = self._commands.get()
-            if isinstance(command, _Add):
-                sequences.append(command.sequence)
+        sequences += [command.sequence for command in commands if isinstance(command, _Add)]
         # One each: an exception that many raise collects the traceback of all of them.
         deliver((sequence.mailbox, EngineError(failure.message)) for sequence in sequences)
