@@ -1,5 +1,6 @@
 """Write the reference pages in docs/reference from the code. `make docs` runs this."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 def _field_row(key: str, field: Any) -> str:
     kind = getattr(field.annotation, "__name__", None)
     if kind is None or getattr(field.annotation, "__args__", None):
-        kind = str(field.annotation).replace("typing.", "").replace("jobs.config.", "")
+        kind = re.sub(r"\b(typing|jobs\.config)\.([a-z]+\.)?", "", str(field.annotation))
     kind = kind.replace(" | ", " or ")
     if field.is_required():
         default = "required"

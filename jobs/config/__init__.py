@@ -1,0 +1,45 @@
+"""Every job's configuration, as values. No I/O, no torch, no Ray.
+
+The relations between fields are checked here; whether the work fits a machine is the planner's.
+"""
+
+from jobs.config.compression import CompressConfig, EvaluateConfig, GateConfig, Recipe, Scheme, Step
+from jobs.config.model import DecoderConfig, ModelConfig, RopeScaling, Shape
+from jobs.config.pipeline import PipelineConfig
+from jobs.config.search import Rung, SearchConfig
+from jobs.config.serving import DeployConfig, PublishConfig, ReplicaScaling
+from jobs.config.training import (
+    DataConfig,
+    OptimizerConfig,
+    Precision,
+    ScalingConfig,
+    ScheduleConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CompressConfig",
+    "DataConfig",
+    "DecoderConfig",
+    "DeployConfig",
+    "EvaluateConfig",
+    "GateConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PipelineConfig",
+    "Precision",
+    "PublishConfig",
+    "Recipe",
+    "ReplicaScaling",
+    "RopeScaling",
+    "Rung",
+    "ScalingConfig",
+    "ScheduleConfig",
+    "Scheme",
+    "SearchConfig",
+    "Shape",
+    "Step",
+    "TokenizerConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,70 @@
+"""How a model is compressed, and what it must show."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from cluster.config import StrictModel
+
+Scheme = Literal["bf16", "w8a8", "fp8", "w4a16", "w4a8"]
+
+
+class Step(StrictModel):
+    """One step of a compression recipe."""
+
+    method: str = Field(description="Plug-in in jobs/compression/methods: rtn, magnitude.")
+    targets: tuple[str, ...] = Field(
+        ("*",), min_length=1, description="Glob patterns over names of linear layers."
+    )
+    options: dict[str, Any] = Field({}, description="The method's own options.")
+
+
+class Recipe(StrictModel):
+    """Ordered steps that turn a dense model into a compressed one; later steps win."""
+
+    steps: tuple[Step, ...] = Field((), description="Applied in this order; none: bf16 copy.")
+
+
+class CompressConfig(StrictModel):
+    """Apply one recipe to one model."""
+
+    model: str = Field(description="Directory, or name@version in the registry.")
+    registry: str = Field("runs/registry", description="Folder of the registry.")
+    output: str = Field(description="Directory to write; must not exist.")
+    recipe: Recipe = Field(Recipe(), description="What is done to it.")
+
+
+class GateConfig(StrictModel):
+    """What a compressed model must show before it is published."""
+
+    max_perplexity_increase: float = Field(
+        0.02, gt=0, description="Limit for the upper 95% bound, as a ratio (0.02 is 2%)."
+    )
+    max_size_ratio: float = Field(0.45, gt=0, description="Largest bytes over the bf16 model's.")
+    max_latency_ratio: float | None = Field(
+        None, gt=0, description="Largest decode latency over the bf16 model's; unset: not judged."
+    )
+    max_cosine_distance: float = Field(
+        1e-3, gt=0, description="Encoders: largest distance of a vector from the base model's."
+    )
+    eval_sequences: int = Field(128, ge=8, description="Held-out sequences.")
+    bootstrap_samples: int = Field(2000, ge=100, description="Resamples for the bound.")
+    seed: int = Field(0, description="Seed of the bootstrap.")
+
+
+class EvaluateConfig(StrictModel):
+    """Measure one model beside the dense one it came from, and judge it."""
+
+    model: str = Field(description="Directory, or name@version in the registry.")
+    base: str = Field(description="Directory of the dense model it came from.")
+    data: str = Field(
+        description="Folder of packed shards, as a training run wrote it; for an encoder a text "
+        "file, an input a line."
+    )
+    registry: str = Field("runs/registry", description="Folder of the registry.")
+    split: Literal["validation", "test"] = Field("test", description="Which held-out split.")
+    seq_len: int = Field(256, ge=2, description="Tokens of one evaluated sequence.")
+    gate: GateConfig = Field(GateConfig(), description="Limits it is judged by.")
+    record: bool = Field(
+        False, description="Write the verdict into the directory's manifest, for publishing."
+    )
