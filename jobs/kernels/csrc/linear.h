@@ -52,7 +52,40 @@ struct Output {
         __builtin_prefetch(lines + kLanes, 1);
     }
 
-    void store(int64_t row, int64_t block, int vector, __m512 value) const {
+    // Store R rows of a block: value(r, v) is vector v of row r.
+    template <int R, class Value>
+    void store(int64_t row, int64_t block, const Value& value) const {
+        if (bias || (block + 1) * kBlockOutputs > outputs) {
+            RS_UNROLL for (int v = 0; v < kVectors; ++v) {
+                RS_UNROLL for (int r = 0; r < R; ++r) store_part(row + r, block, v, value(r, v));
+            }
+        } else if (mode == Mode::kAdd) {
+            write<R>(row, block, value, [](const float* old, __m512 y) {
+                return _mm512_add_ps(_mm512_loadu_ps(old), y);
+            });
+        } else if (is_gated(block)) {
+            write<R>(row, block, value, [](const float* old, __m512 y) {
+                return gated(_mm512_loadu_ps(old), y);
+            });
+        } else {
+            write<R>(row, block, value, [](const float*, __m512 y) { return y; });
+        }
+    }
+
+  private:
+    // The usual case: a whole block without bias, so that nothing is decided in the loop.
+    template <int R, class Value, class Combine>
+    void write(int64_t row, int64_t block, const Value& value, const Combine& combine) const {
+        float* lane = target(row, block);
+        RS_UNROLL for (int r = 0; r < R; ++r, lane += stride) {
+            RS_UNROLL for (int v = 0; v < kVectors; ++v) {
+                float* at = lane + v * kLanes;
+                _mm512_storeu_ps(at, combine(at, value(r, v)));
+            }
+        }
+    }
+
+    void store_part(int64_t row, int64_t block, int vector, __m512 value) const {
         const int64_t first = block * kBlockOutputs + vector * kLanes;
         const __mmask16 mask = first_lanes(outputs - first);
         if (!mask) return;
@@ -135,5 +168,37 @@ inline __m512i broadcast4(const int8_t* bytes) {
     __builtin_memcpy(&value, bytes, sizeof value);
     return _mm512_set1_epi32(value);
 }
+
+// Reads R rows that lie `stride` bytes apart, 4 bytes of each at a time. One pointer serves three rows, at none, one
+// and two strides, which addresses express for free. The compiler must not know how the pointers are
+// related: it would keep one, and the rows' distances from it in more registers than there are.
+template <int R>
+class RowReader {
+  public:
+    RowReader(const void* rows, int64_t stride) : stride_(stride) {
+        RS_UNROLL for (int i = 0; i < kPointers; ++i) {
+            at_[i] = static_cast<const int8_t*>(rows) + i * kShared * stride;
+        }
+    }
+
+    // 4 bytes of row r in every lane: the next ones, or those `ahead` of them.
+    __m512i broadcast(int r, int64_t ahead = 0) const {
+        return broadcast4(at_[r / kShared] + r % kShared * stride_ + ahead);
+    }
+
+    void advance(int64_t bytes = 4) {
+        RS_UNROLL for (int i = 0; i < kPointers; ++i) {
+            at_[i] += bytes;
+            if constexpr (kPointers > 1) asm("" : "+r"(at_[i]));
+        }
+    }
+
+  private:
+    static constexpr int kShared = 3;
+    static constexpr int kPointers = (R + kShared - 1) / kShared;
+
+    const int8_t* at_[kPointers];
+    int64_t stride_;
+};
 
 }  // namespace rs

@@ -28,9 +28,11 @@ struct Dense {
             sums[r][0] = sums[r][1] = _mm512_setzero_ps();
         }
         const uint8_t* at = weights(block);
-        const float* rows = x + row * x_stride;
-        int64_t i = 0;
-        for (; i + 1 < inputs; i += 2, at += kStep) {
+        RowReader<R> rows(x + row * x_stride, x_stride * sizeof(float));
+        const auto input = [&](int r, int64_t ahead) {
+            return _mm512_castsi512_ps(rows.broadcast(r, ahead * sizeof(float)));
+        };
+        for (int64_t i = 0; i + 1 < inputs; i += 2, at += kStep, rows.advance(2 * sizeof(float))) {
             prefetch.step();
             __m512 first[kVectors], second[kVectors];
             RS_UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -38,25 +40,23 @@ struct Dense {
                 first[v] = widen_low(pairs), second[v] = widen_high(pairs);
             }
             RS_UNROLL for (int r = 0; r < R; ++r) {
-                const float* input = rows + r * x_stride + i;
-                const __m512 one = _mm512_set1_ps(input[0]);
+                const __m512 one = input(r, 0);
                 sums[r][0] = _mm512_fmadd_ps(first[0], one, sums[r][0]);
                 sums[r][1] = _mm512_fmadd_ps(first[1], one, sums[r][1]);
-                const __m512 two = _mm512_set1_ps(input[1]);
+                const __m512 two = input(r, 1);
                 sums[r][0] = _mm512_fmadd_ps(second[0], two, sums[r][0]);
                 sums[r][1] = _mm512_fmadd_ps(second[1], two, sums[r][1]);
             }
         }
-        RS_UNROLL for (int v = 0; v < kVectors; ++v) {
-            if (i < inputs) {  // an odd number of inputs: the last has no partner
+        if (inputs % 2) {  // the last has no partner
+            RS_UNROLL for (int v = 0; v < kVectors; ++v) {
                 const __m512 last = widen_low(_mm512_load_si512(at + v * kLine));
                 RS_UNROLL for (int r = 0; r < R; ++r) {
-                    const __m512 input = _mm512_set1_ps(rows[r * x_stride + i]);
-                    sums[r][v] = _mm512_fmadd_ps(last, input, sums[r][v]);
+                    sums[r][v] = _mm512_fmadd_ps(last, input(r, 0), sums[r][v]);
                 }
             }
-            RS_UNROLL for (int r = 0; r < R; ++r) out.store(row + r, block, v, sums[r][v]);
         }
+        out.store<R>(row, block, [&](int r, int v) { return sums[r][v]; });
     }
 };
 

@@ -71,9 +71,7 @@ struct W4A16 {
                 }
             }
         }
-        RS_UNROLL for (int r = 0; r < R; ++r) {
-            RS_UNROLL for (int v = 0; v < kVectors; ++v) out.store(row + r, block, v, totals[r][v]);
-        }
+        out.store<R>(row, block, [&](int r, int v) { return totals[r][v]; });
     }
 };
 

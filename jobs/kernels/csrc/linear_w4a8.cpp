@@ -30,7 +30,7 @@ struct W4A8 {
             totals[r][0] = totals[r][1] = _mm512_setzero_ps();
         }
         const uint8_t* at = weights(block);
-        const int8_t* values = x.row(row);
+        RowReader<R> inputs(x.row(row), x.stride);
         const int64_t groups = w.groups();
         for (int64_t g = 0; g < groups; ++g) {
             const __m512i scales = _mm512_load_si512(at);
@@ -39,8 +39,8 @@ struct W4A8 {
             RS_UNROLL for (int r = 0; r < R; ++r) {
                 sums[r][0] = sums[r][1] = _mm512_set1_epi32(offsets[(row + r) * groups + g]);
             }
-            const int8_t* end = values + w.group;
-            for (; values < end; values += kStepInputs, at += kStep) {
+            const uint8_t* end = at + w.group / kStepInputs * kStep;
+            for (; at < end; at += kStep, inputs.advance(kStepInputs)) {
                 prefetch.step();
                 __m512i low[kVectors], high[kVectors];
                 RS_UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -49,10 +49,10 @@ struct W4A8 {
                     high[v] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
                 }
                 RS_UNROLL for (int r = 0; r < R; ++r) {
-                    const __m512i first = broadcast4(values + r * x.stride);
+                    const __m512i first = inputs.broadcast(r);
                     sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], low[0], first);
                     sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], low[1], first);
-                    const __m512i second = broadcast4(values + r * x.stride + 4);
+                    const __m512i second = inputs.broadcast(r, 4);
                     sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], high[0], second);
                     sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], high[1], second);
                 }
@@ -65,12 +65,9 @@ struct W4A8 {
                 }
             }
         }
-        RS_UNROLL for (int r = 0; r < R; ++r) {
-            const __m512 scale = _mm512_set1_ps(x.scales[row + r]);
-            RS_UNROLL for (int v = 0; v < kVectors; ++v) {
-                out.store(row + r, block, v, _mm512_mul_ps(totals[r][v], scale));
-            }
-        }
+        out.store<R>(row, block, [&](int r, int v) {
+            return _mm512_mul_ps(totals[r][v], _mm512_set1_ps(x.scales[row + r]));
+        });
     }
 };
 

@@ -31,24 +31,23 @@ struct W8A8 {
         }
         RS_UNROLL for (int r = 0; r < R; ++r) out.fetch(row + r, block);
         const uint8_t* w = weights(block);
-        const int8_t* values = x.row(row);
-        for (int64_t i = 0; i < x.stride; i += 4, w += kStep) {
+        RowReader<R> inputs(x.row(row), x.stride);
+        for (const uint8_t* end = w + block_bytes; w < end; w += kStep, inputs.advance()) {
             prefetch.step();
             const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + kLine);
             RS_UNROLL for (int r = 0; r < R; ++r) {
-                const __m512i inputs = broadcast4(values + r * x.stride + i);
-                sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], w0, inputs);
-                sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], w1, inputs);
+                const __m512i values = inputs.broadcast(r);
+                sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], w0, values);
+                sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], w1, values);
             }
         }
-        RS_UNROLL for (int v = 0; v < kVectors; ++v) {
-            const __m512 scale = _mm512_load_ps(scales + block * kBlockOutputs + v * kLanes);
-            RS_UNROLL for (int r = 0; r < R; ++r) {
-                const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]),
-                                               _mm512_set1_ps(x.scales[row + r]));
-                out.store(row + r, block, v, _mm512_mul_ps(y, scale));
-            }
-        }
+        const float* scale = scales + block * kBlockOutputs;
+        const __m512 output_scales[] = {_mm512_load_ps(scale), _mm512_load_ps(scale + kLanes)};
+        out.store<R>(row, block, [&](int r, int v) {
+            const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]),
+                                           _mm512_set1_ps(x.scales[row + r]));
+            return _mm512_mul_ps(y, output_scales[v]);
+        });
     }
 };
 
