@@ -18,6 +18,8 @@ from torch import Tensor
 from jobs.config import DecoderConfig
 from jobs.kernels import native, native_ops
 from jobs.kernels.attention import Attention
+from jobs.kernels.block_pool import BlockPool
+from jobs.kernels.decode_attention import DecodeAttention
 from jobs.kernels.gathered_attention import BlockSpan, GatheredAttention
 
 __all__ = ["BlockCache", "BlockSpan", "PagedAttention"]
@@ -62,6 +64,7 @@ class BlockCache:
         self._values = _zeros((*cells, *value_shape), dtype, device)
         is_scaled = dtype == torch.int8
         self._scales = _zeros((2, *cells, slots), torch.float32, device) if is_scaled else None
+        self._tensors = BlockPool(self._keys, self._values, self._scales)
         self._pool = self._describe() if use_kernels else None
 
     @staticmethod
@@ -93,7 +96,15 @@ class BlockCache:
         if self._pool is not None:
             return PagedAttention(self._pool, spans)
         window = self._config.sliding_window
-        return GatheredAttention(self._keys, self._values, self._scales, spans, window)
+        return GatheredAttention(self._tensors, spans, window)
+
+    def decode_attention(self, blocks_NP: Tensor, positions_N: Tensor) -> DecodeAttention:
+        """Return attention of a pass that reads one token of each sequence; see there.
+
+        Not where the C++ kernels run: they need no fixed shapes.
+        """
+        assert self._pool is None, "the C++ kernels take spans"
+        return DecodeAttention(self._tensors, blocks_NP, positions_N, self._config.sliding_window)
 
     def _describe(self) -> native_ops.Pool:
         config = self._config

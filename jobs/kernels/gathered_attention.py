@@ -1,10 +1,10 @@
 """Attention over blocks of a cache by PyTorch's operators, for any device.
 
-Takes the tensors of a pool of blocks and the spans of a pass; gives the attention of that pass. It
+Takes a pool of blocks and the spans of a pass; gives the attention of that pass. It
 does not know who owns which block.
 
 T tokens of the pass, H query heads, K key/value heads, D size of a head, N sequences that are
-computed together, Q queries of each, L cached tokens, P blocks of a sequence, S tokens of a block
+computed together, Q queries of each, L cached tokens, P blocks of a sequence
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from jobs.kernels.attention import visible
-from jobs.kernels.formats import quantize_rows
+from jobs.kernels.block_pool import BlockPool
 
 
 @dataclass(frozen=True)
@@ -39,44 +39,35 @@ class BlockSpan:
 class GatheredAttention:
     """Attention of one forward pass over blocks that are gathered into whole sequences.
 
-    Everything that all layers share is computed once. Spans of one token are computed together.
+    Everything that all layers share is computed once. Spans of one token are computed together, and
+    so are longer ones that are equally long and end in equally many blocks.
     """
 
-    def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        scales: Tensor | None,
-        spans: Sequence[BlockSpan],
-        window: int | None,
-    ) -> None:
-        self._keys, self._values, self._scales = keys, values, scales
-        device, block_size = keys.device, keys.shape[3]
+    def __init__(self, pool: BlockPool, spans: Sequence[BlockSpan], window: int | None) -> None:
+        self._pool = pool
+        block_size = pool.block_size
         self._num_tokens = sum(span.length for span in spans)
         written = [(s.blocks[t // block_size], t % block_size) for s in spans for t in _tokens(s)]
-        self._blocks_T, self._places_T = torch.tensor(written, device=device).unbind(1)
-        decodes, self._gathers, offset = [], [], 0
+        self._blocks_T, self._places_T = torch.tensor(written, device=pool.device).unbind(1)
+        alike: dict[tuple[int, int], list[tuple[BlockSpan, int]]] = {}
+        offset = 0
         for span in spans:
-            if span.length == 1:
-                decodes.append((span, offset))
-            else:
-                self._gathers.append(_gather([(span, offset)], window, block_size, device))
+            kind = (span.length, 0 if span.length == 1 else -(-span.stop // block_size))
+            alike.setdefault(kind, []).append((span, offset))
             offset += span.length
-        if decodes:
-            self._gathers.append(_gather(decodes, window, block_size, device))
+        self._gathers = [_gather(placed, window, pool) for placed in alike.values()]
 
     def __call__(self, layer: int, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
         """Return o_BTHD for block number `layer`, of rotated queries and keys."""
         assert q_BTHD.shape[:2] == (1, self._num_tokens), (
             f"expected 1 x {self._num_tokens} tokens, found {tuple(q_BTHD.shape[:2])}"
         )
-        self._write(self._keys, 0, layer, k_BTKD[0])
-        self._write(self._values, 1, layer, v_BTKD[0])
+        pool = self._pool
+        pool.write(layer, (self._blocks_T, self._places_T), k_BTKD[0], v_BTKD[0])
         o_THD = torch.empty_like(q_BTHD[0])
-        dtype = q_BTHD.dtype if self._scales is not None else self._keys.dtype
+        dtype = pool.dtype_for(q_BTHD.dtype)
         for gather in self._gathers:
-            keys_NKLD = self._read(self._keys, 0, layer, gather.blocks_NP, dtype)
-            values_NKLD = self._read(self._values, 1, layer, gather.blocks_NP, dtype)
+            keys_NKLD, values_NKLD = pool.read(layer, gather.rows_NKP, dtype)
             # Tokens that no query sees may be left from another sequence, and 0 x NaN is NaN.
             unseen_N1L1 = gather.hidden_NQL.all(dim=1)[:, None, :, None]
             keys_NKLD.masked_fill_(unseen_N1L1, 0)
@@ -93,31 +84,13 @@ class GatheredAttention:
             o_THD[gather.rows_N] = o_NHQD.transpose(1, 2).flatten(0, 1).to(o_THD.dtype)
         return o_THD[None]
 
-    def _write(self, cache: Tensor, which: int, layer: int, x_TKD: Tensor) -> None:
-        if self._scales is None:
-            cache[layer][self._blocks_T, :, self._places_T] = x_TKD.to(cache.dtype)
-            return
-        values_TKD, scale_TK1 = quantize_rows(x_TKD)
-        cache[layer][self._blocks_T, :, self._places_T] = values_TKD
-        self._scales[which, layer][self._blocks_T, :, self._places_T] = scale_TK1[..., 0]
-
-    def _read(
-        self, cache: Tensor, which: int, layer: int, blocks_NP: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """Return a copy [N, K, L, D] of the sequences' tokens."""
-        x_NPKSD = cache[layer, blocks_NP]
-        if self._scales is not None:
-            scale_NPKS = self._scales[which, layer, blocks_NP]
-            x_NPKSD = (x_NPKSD.float() * scale_NPKS[..., None]).to(dtype)
-        return x_NPKSD.transpose(1, 2).flatten(2, 3)
-
 
 class _Gather(NamedTuple):
-    """Queries of equal number Q in N sequences: their rows in the pass, flat, the blocks their
-    sequences live in, and True for each token L that a query must not see."""
+    """Queries of equal number Q in N sequences: their rows in the pass, flat, the rows of the pool
+    their sequences live in, and True for each token L that a query must not see."""
 
     rows_N: Tensor  # noqa: N815
-    blocks_NP: Tensor  # noqa: N815
+    rows_NKP: Tensor  # noqa: N815
     hidden_NQL: Tensor  # noqa: N815
 
 
@@ -126,12 +99,10 @@ def _tokens(span: BlockSpan) -> range:
 
 
 def _gather(
-    placed: Sequence[tuple[BlockSpan, int]],
-    window: int | None,
-    block_size: int,
-    device: torch.device,
+    placed: Sequence[tuple[BlockSpan, int]], window: int | None, pool: BlockPool
 ) -> _Gather:
     """Return how spans of equal length are read; `placed` has each with its first row."""
+    block_size, device = pool.block_size, pool.device
     num_blocks = max(-(-span.stop // block_size) for span, _ in placed)
     # Short sequences are filled up with a block of their own, of which nothing is seen.
     blocks = [
@@ -143,6 +114,6 @@ def _gather(
     positions_L = torch.arange(num_blocks * block_size, device=device)
     return _Gather(
         torch.tensor(rows, device=device),
-        torch.tensor(blocks, device=device),
+        pool.rows(torch.tensor(blocks, device=device)),
         ~visible(queries_NQ, positions_L, window),
     )

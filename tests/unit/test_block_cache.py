@@ -25,7 +25,7 @@ CONFIG = DecoderConfig(
 )
 BLOCK_SIZE = 4
 NUM_SEQUENCES = 4
-PATHS = ["torch", "c++"]
+PATHS = ["torch", "fixed shapes", "c++"]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -38,6 +38,7 @@ class Session:
     def __init__(self, config: DecoderConfig, dtype: torch.dtype, path: str) -> None:
         if path == "c++" and (reason := native.why_unavailable()):
             pytest.skip(reason)
+        self.path = path
         self.model = decoder.build(config, seed=0)
         per_sequence = config.max_seq_len // BLOCK_SIZE
         num_blocks = NUM_SEQUENCES * per_sequence
@@ -59,11 +60,18 @@ class Session:
         placed = list(zip(lengths, spans, strict=True))
         tokens = torch.cat([self.tokens[i][s.start : s.stop] for i, s in placed])
         positions = torch.cat([torch.arange(s.start, s.stop) for s in spans])
-        logits = self.model(tokens[None], positions[None], self.cache.attention(spans))[0]
+        attention = self.attention(spans, positions)
+        logits = self.model(tokens[None], positions[None], attention)[0]
         rows = logits.split([s.length for s in spans])
         for (index, span), rows_TV in zip(placed, rows, strict=True):
             self.logits[index].append(rows_TV)
             self.done[index] = span.stop
+
+    def attention(self, spans: list[BlockSpan], positions_T: Tensor) -> Attention:
+        if self.path != "fixed shapes" or any(span.length > 1 for span in spans):
+            return self.cache.attention(spans)
+        blocks_NP = torch.tensor([span.blocks for span in spans])
+        return self.cache.decode_attention(blocks_NP, positions_T)
 
     @torch.no_grad()
     def largest_error(self, index: int) -> float:
@@ -118,6 +126,44 @@ def test_block_cache_when_blocks_are_used_again_forgets_the_former_sequence(
     session.step({1: 1, 2: 1})
     assert session.largest_error(1) < 1e-4
     assert session.largest_error(2) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_decode_attention_when_the_pool_is_full_of_rubbish_does_not_see_it(
+    dtype: torch.dtype,
+) -> None:
+    found = []
+    for left in (0.0, 7.0, float("nan")):
+        session = Session(CONFIG, dtype, "fixed shapes")
+        whole = torch.full((1, NUM_SEQUENCES * CONFIG.max_seq_len, 4, 8), left)
+        spans = [BlockSpan(blocks, 0, CONFIG.max_seq_len) for blocks in session.blocks]
+        for layer in range(CONFIG.num_layers):
+            session.cache.attention(spans)(layer, whole, whole[:, :, :2], whole[:, :, :2])
+        session.begin(1, 12, seed=9)
+        session.step({1: 2})
+        for _ in range(10):
+            session.step({1: 1})
+        found.append(torch.cat(session.logits[1]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_decode_attention_when_rows_are_repeated_gives_the_same_answers() -> None:
+    logits = []
+    for copies in (1, 3):
+        session = Session(CONFIG, torch.float32, "fixed shapes")
+        session.begin(0, 20, seed=3)
+        session.step({0: 9})
+        for place in range(9, 14):
+            positions_T = torch.full((copies,), place)
+            blocks_NP = torch.tensor([session.blocks[0]] * copies)
+            attention = session.cache.decode_attention(blocks_NP, positions_T)
+            tokens_T = session.tokens[0][place].repeat(copies)
+            with torch.no_grad():
+                found_TV = session.model(tokens_T[None], positions_T[None], attention)[0]
+            logits.append(found_TV[0])
+            torch.testing.assert_close(found_TV, found_TV[:1].expand_as(found_TV))
+    torch.testing.assert_close(torch.stack(logits[:5]), torch.stack(logits[5:]))
 
 
 @pytest.mark.parametrize("path", PATHS)
