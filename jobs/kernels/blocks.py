@@ -64,6 +64,39 @@ def part(parts: list[Packed], number: int, joined: Packed) -> Packed:
     return tuple(found)
 
 
+def in_place(name: str, signature: str, *, takes_int8: bool) -> InPlace:
+    """Return the in-place form of a kernel by name, whose arguments are those of csrc/products.h.
+
+    They are the rows (of int8: values, scales, sums), the packed tensors, bias and results; the
+    numbers of rows, inputs and outputs, and the group size of a format that has groups; how far
+    rows lie apart, where they are floats, and results; whether to add; the number of threads.
+    """
+    kernel = native.function(name, signature)
+
+    def multiply(
+        x: Tensor | QuantizedRows,
+        packed: Packed,
+        bias_O: Tensor | None,
+        y_NO: Tensor,
+        problem: Problem,
+        accumulate: bool,  # noqa: FBT001 - as InPlace.multiply declares
+    ) -> None:
+        tensors: tuple[Tensor | None, ...]
+        sizes: tuple[int, ...]
+        if takes_int8:
+            assert isinstance(x, QuantizedRows), "this operator takes quantized rows"
+            tensors = (x.values_NS, x.scale_N, x.sums_NB, *packed, bias_O, y_NO)
+            sizes = (x.rows, *problem.sizes)
+        else:
+            assert isinstance(x, Tensor), "this operator takes float32 rows"
+            tensors = (x, *packed, bias_O, y_NO)
+            sizes = (x.shape[0], *problem.sizes, x.stride(0))
+        addresses = map(native.address, tensors)
+        kernel(*addresses, *sizes, y_NO.stride(0), accumulate, native.num_threads())
+
+    return InPlace(takes_int8, multiply)
+
+
 def run(
     x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem, *, in_place: InPlace
 ) -> Tensor:

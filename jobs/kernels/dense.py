@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from jobs.kernels import blocks, native
-from jobs.kernels.operator import InPlace, Operator, Packed, Problem, Weight, never_refuses
-from jobs.kernels.rows import QuantizedRows
+from jobs.kernels import blocks
+from jobs.kernels.operator import Operator, Packed, Problem, Weight, never_refuses
 
-_multiply = native.function("rs_linear_dense", "ppppnnnnnii")
+_in_place = blocks.in_place("rs_linear_dense", "ppppnnnnnii", takes_int8=False)
 
 
 def _refuses_avx512(problem: Problem) -> str | None:
@@ -29,20 +28,6 @@ def _pack_avx512(weight: Weight, problem: Problem) -> Packed:
     return (blocks.resident(by_two.flatten(1)),)
 
 
-def _multiply_avx512(
-    x: Tensor | QuantizedRows,
-    packed: Packed,
-    bias_O: Tensor | None,
-    y_NO: Tensor,
-    problem: Problem,
-    accumulate: bool,  # noqa: FBT001 - as InPlace.multiply declares
-) -> None:
-    assert isinstance(x, Tensor), "this operator takes float32 rows"
-    sizes = (x.shape[0], problem.in_features, problem.out_features, x.stride(0), y_NO.stride(0))
-    addresses = map(native.address, (x, *packed, bias_O, y_NO))
-    _multiply(*addresses, *sizes, accumulate, native.num_threads())
-
-
 def _pack_torch(weight: Weight, problem: Problem) -> Packed:
     assert isinstance(weight, Tensor), "this operator takes dense weights"
     return (weight.to(problem.dtype),)
@@ -53,8 +38,6 @@ def _run_torch(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Pro
 
 
 OPERATORS = (
-    blocks.operator(
-        "avx512", "bf16", _refuses_avx512, _pack_avx512, InPlace(False, _multiply_avx512)
-    ),
+    blocks.operator("avx512", "bf16", _refuses_avx512, _pack_avx512, _in_place),
     Operator("dense", "bf16", never_refuses, _pack_torch, _run_torch),
 )

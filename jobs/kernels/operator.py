@@ -3,6 +3,7 @@
 Takes nothing; gives the types that operators, the choice among them and layers share.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +26,13 @@ class Problem:
     in_features: int
     dtype: torch.dtype
     device: torch.device
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Inputs, outputs, and the group size where the format has groups, as kernels take them."""
+        group_size = self.layout.group_size
+        groups = () if group_size is None else (group_size,)
+        return (self.in_features, self.out_features, *groups)
 
 
 @dataclass(frozen=True)

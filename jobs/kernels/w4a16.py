@@ -6,10 +6,9 @@ Takes rows of activations and a packed weight; gives rows of outputs.
 import torch
 from torch import Tensor
 
-from jobs.kernels import blocks, native
+from jobs.kernels import blocks
 from jobs.kernels.formats import QuantizedWeight, pack_int4, reference_linear, unpack_int4
 from jobs.kernels.operator import (
-    InPlace,
     Operator,
     Packed,
     Problem,
@@ -18,13 +17,12 @@ from jobs.kernels.operator import (
     never_refuses,
     quantized,
 )
-from jobs.kernels.rows import QuantizedRows
 
 _GROUP_SIZES = (32, 64, 128, 256)
 _CUDA_TILES = 8
 _BLOCK = 256
 _STEP = 8  # inputs that the C++ kernel reads at a time
-_multiply = native.function("rs_linear_w4a16", "ppppnnnnnnii")
+_in_place = blocks.in_place("rs_linear_w4a16", "ppppnnnnnnii", takes_int8=False)
 
 
 def pack_blocks(weight: Weight, problem: Problem) -> Packed:
@@ -43,21 +41,6 @@ def pack_blocks(weight: Weight, problem: Problem) -> Packed:
 
 def _refuses_avx512(problem: Problem) -> str | None:
     return blocks.refuses(problem, group_multiple=_STEP)
-
-
-def _multiply_avx512(
-    x: Tensor | QuantizedRows,
-    packed: Packed,
-    bias_O: Tensor | None,
-    y_NO: Tensor,
-    problem: Problem,
-    accumulate: bool,  # noqa: FBT001 - as InPlace.multiply declares
-) -> None:
-    assert isinstance(x, Tensor), "this operator takes float32 rows"
-    shape = (x.shape[0], problem.in_features, problem.out_features, problem.layout.group_size)
-    strides = (x.stride(0), y_NO.stride(0))
-    addresses = map(native.address, (x, *packed, bias_O, y_NO))
-    _multiply(*addresses, *shape, *strides, accumulate, native.num_threads())
 
 
 def _refuses_int4pack(problem: Problem) -> str | None:
@@ -114,9 +97,7 @@ def run_reference(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: 
 
 
 OPERATORS = (
-    blocks.operator(
-        "avx512", "w4a16", _refuses_avx512, pack_blocks, InPlace(False, _multiply_avx512)
-    ),
+    blocks.operator("avx512", "w4a16", _refuses_avx512, pack_blocks, _in_place),
     Operator("int4pack", "w4a16", _refuses_int4pack, _pack_int4pack, _run_int4pack),
     Operator("reference", "w4a16", never_refuses, pack_reference, run_reference),
 )

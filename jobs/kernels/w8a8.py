@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from jobs.kernels import blocks, native
+from jobs.kernels import blocks
 from jobs.kernels.formats import QuantizedWeight, quantize_rows, reference_linear
 from jobs.kernels.operator import (
-    InPlace,
     Operator,
     Packed,
     Problem,
@@ -26,11 +25,11 @@ from jobs.kernels.operator import (
     never_refuses,
     quantized,
 )
-from jobs.kernels.rows import QuantizedRows, padded_inputs
+from jobs.kernels.rows import padded_inputs
 
 _INT_MM_MIN_ROWS = 32
 _MAX_INPUTS = 66_000  # sums of more products of two bytes leave 32 bits
-_multiply = native.function("rs_linear_w8a8", "pppppppnnnnii")
+_in_place = blocks.in_place("rs_linear_w8a8", "pppppppnnnnii", takes_int8=True)
 
 
 def _refuses_vnni(problem: Problem) -> str | None:
@@ -49,20 +48,6 @@ def _pack_vnni(weight: Weight, problem: Problem) -> Packed:
     by_four = offset_OI.unflatten(1, (-1, 4)).unflatten(0, (-1, blocks.BLOCK)).transpose(1, 2)
     scale_O = blocks.pad_outputs(quantized(weight).scale_OG.float())[:, 0]
     return blocks.resident(by_four.flatten(1)), scale_O.contiguous()
-
-
-def _multiply_vnni(
-    x: Tensor | QuantizedRows,
-    packed: Packed,
-    bias_O: Tensor | None,
-    y_NO: Tensor,
-    problem: Problem,
-    accumulate: bool,  # noqa: FBT001 - as InPlace.multiply declares
-) -> None:
-    assert isinstance(x, QuantizedRows), "this operator takes quantized rows"
-    tensors = (x.values_NS, x.scale_N, x.sums_NB, *packed, bias_O, y_NO)
-    sizes = (x.rows, problem.in_features, problem.out_features, y_NO.stride(0))
-    _multiply(*map(native.address, tensors), *sizes, accumulate, native.num_threads())
 
 
 @functools.cache
@@ -153,7 +138,7 @@ def _run_reference(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem:
 
 
 OPERATORS = (
-    blocks.operator("vnni", "w8a8", _refuses_vnni, _pack_vnni, InPlace(True, _multiply_vnni)),
+    blocks.operator("vnni", "w8a8", _refuses_vnni, _pack_vnni, _in_place),
     Operator("zentorch", "w8a8", _refuses_zentorch, _pack_zentorch, _run_zentorch),
     Operator("int_mm", "w8a8", _refuses_int_mm, _pack_int_mm, _run_int_mm),
     Operator("reference", "w8a8", never_refuses, _pack_reference, _run_reference),
