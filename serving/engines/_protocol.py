@@ -133,9 +133,12 @@ class Chunk:
     cached_tokens: int = 0  # Of the prompt, on the first chunk: read from the cache, not computed.
 
 
+EAGER = "operator by operator"
+
+
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine runs and how."""
+    """What an engine runs and how; `decoding` is how passes of one token a sequence start."""
 
     engine: str
     vocab_size: int
@@ -147,6 +150,7 @@ class EngineInfo:
     operators: Mapping[str, str]
     task: Literal["generate", "embed"] = "generate"
     adapters: tuple[str, ...] = ()
+    decoding: str = EAGER
 
 
 @dataclass(frozen=True)
