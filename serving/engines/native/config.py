@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from cluster.config import StrictModel
+from serving.engines._options import TorchOptions
 
 
 class DrafterKind(StrEnum):
@@ -42,20 +43,9 @@ class SpeculationConfig(StrictModel):
         return self
 
 
-class EngineConfig(StrictModel):
+class EngineConfig(TorchOptions):
     """How much the native engine runs at a time, and in which precision."""
 
-    max_slots: int = Field(default=16, ge=1, le=1024, description="Sequences that run at a time.")
-    max_len: int = Field(
-        default=4096,
-        ge=2,
-        description="Tokens of one sequence, prompt included; the model's limit holds too.",
-    )
-    max_batch_tokens: int = Field(
-        default=512,
-        ge=1,
-        description="Tokens of one pass: one a running sequence, the rest new prompts.",
-    )
     max_shared_tokens: int | None = Field(
         default=8,
         ge=1,
@@ -77,17 +67,8 @@ class EngineConfig(StrictModel):
         default=True, description="Keep what was computed for a later prompt that begins alike."
     )
     speculation: SpeculationConfig = SpeculationConfig()
-    adapters: dict[str, str] = Field(
-        default={}, description="LoRA adapters by name: PEFT directories."
-    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Type of activations; auto: float32 on CPU, bfloat16 on CUDA, and for encoders "
         "bfloat16 wherever it is fast.",
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: CUDA if there is one."
-    )
-    num_threads: int | None = Field(
-        default=None, ge=1, description="Threads of one operator on CPU; unset: as torch decides."
     )

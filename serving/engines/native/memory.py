@@ -13,19 +13,20 @@ from cluster.errors import PlacementError
 from cluster.storage import MIB
 from jobs.config import DecoderConfig
 from jobs.kernels.block_cache import BlockCache
+from serving.engines._options import TorchOptions
 from serving.engines.native.config import EngineConfig
 
-_SHARE_OF_FREE = 0.5  # The rest is for activations, other replicas and the page cache.
+_SHARE_OF_FREE = 0.5  # The rest is for weights, activations, other replicas and the page cache.
 
 
-def choose_device(config: EngineConfig) -> torch.device:
+def choose_device(config: TorchOptions) -> torch.device:
     """Return the device that the options name, or the best one."""
     if config.device != "auto":
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def activation_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+def activation_dtype(config: TorchOptions, device: torch.device) -> torch.dtype:
     """Return the type of activations."""
     if config.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -55,8 +56,7 @@ def count_blocks(
     if config.cache_bytes is not None:
         num_blocks, source = config.cache_bytes // block_bytes, "`cache_bytes` allows"
     else:
-        usable_bytes = int(_SHARE_OF_FREE * _free_bytes(device))
-        num_blocks = min(usable_bytes // block_bytes, config.max_slots * per_sequence)
+        num_blocks = min(usable_bytes(device) // block_bytes, config.max_slots * per_sequence)
         source = "half of the free memory is"
     if num_blocks < per_sequence:
         raise PlacementError(
@@ -68,7 +68,10 @@ def count_blocks(
     return num_blocks
 
 
-def _free_bytes(device: torch.device) -> int:
+def usable_bytes(device: torch.device) -> int:
+    """Return how much memory a cache may take on a device now."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+        free_bytes = int(torch.cuda.mem_get_info(device)[0])
+    else:
+        free_bytes = int(psutil.virtual_memory().available)
+    return int(_SHARE_OF_FREE * free_bytes)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -27,6 +26,7 @@ from serving.engines.native.blocks import BlockManager
 from serving.engines.native.engine import NativeEngine
 from serving.engines.native.grammar import GrammarCompiler
 from serving.engines.native.loading import TokenizerDecoder
+from serving.engines.native.memory import activation_dtype, choose_device, usable_bytes
 from serving.engines.native.passes import PassLimits
 from serving.engines.native.sampling import TokenizerInfo
 from serving.engines.native.scheduler import Scheduler
@@ -36,7 +36,6 @@ from serving.engines.transformers.rows import Rows
 from serving.engines.transformers.runner import TransformersRunner
 
 _BLOCK_SIZE = 16
-_SHARE_OF_FREE = 0.5  # The rest is for activations, and for batches that are put together anew.
 _JOINABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 _PROBE = (2, 1, 0, 1, 1)
 _TOLERANCE = 0.02
@@ -51,7 +50,7 @@ def create(directory: Path, options: Mapping[str, Any]) -> NativeEngine:
     """
     config = parse_config(TransformersConfig, dict(options), "engine options")
     verify_directory(directory)
-    device = _device(config)
+    device = choose_device(config)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     model = _load(directory, config, device)
@@ -83,11 +82,7 @@ def create(directory: Path, options: Mapping[str, Any]) -> NativeEngine:
 
 
 def _load(directory: Path, config: TransformersConfig, device: torch.device) -> PreTrainedModel:
-    dtype = {
-        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-    }[config.dtype]
+    dtype = activation_dtype(config, device)
     disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -113,13 +108,13 @@ def _count_blocks(
 ) -> int:
     """Return for how many blocks of tokens there is memory."""
     per_sequence = -(-max_len // _BLOCK_SIZE)
-    usable_bytes = int(_SHARE_OF_FREE * _free_bytes(device))
-    num_blocks = min(usable_bytes // block_bytes, config.max_slots * (per_sequence + 1))
+    allowed_bytes = usable_bytes(device)
+    num_blocks = min(allowed_bytes // block_bytes, config.max_slots * (per_sequence + 1))
     if num_blocks < per_sequence:
         raise PlacementError(
             f"one sequence of max_len={max_len} tokens needs a cache of "
             f"{per_sequence * block_bytes / MIB:.1f} MiB; half of the free memory is "
-            f"{usable_bytes / MIB:.1f} MiB. Lower `max_len`."
+            f"{allowed_bytes / MIB:.1f} MiB. Lower `max_len`."
         )
     return num_blocks
 
@@ -152,15 +147,3 @@ def _probe(model: PreTrainedModel, *, is_joinable: bool) -> int:
             "largest logit. Use another engine for this architecture."
         )
     return rows.bytes_per_token("long")
-
-
-def _device(config: TransformersConfig) -> torch.device:
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

@@ -4,18 +4,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from cluster.config import StrictModel
+from serving.engines._options import EngineOptions
 
 
-class VllmConfig(StrictModel):
+class VllmConfig(EngineOptions):
     """How much vLLM runs at a time, and in which precision."""
 
     max_slots: int = Field(default=64, ge=1, le=4096, description="Sequences that run at a time.")
-    max_len: int = Field(
-        default=4096,
-        ge=2,
-        description="Tokens of one sequence, prompt included; the model's limit holds too.",
-    )
     max_batch_tokens: int = Field(default=2048, ge=1, description="Tokens of one pass.")
     cache_bytes: int | None = Field(
         default=None,
@@ -25,9 +20,6 @@ class VllmConfig(StrictModel):
     )
     enable_prefix_cache: bool = Field(
         default=True, description="Keep what was computed for a later prompt that begins alike."
-    )
-    adapters: dict[str, str] = Field(
-        default={}, description="LoRA adapters by name: PEFT directories."
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Type of activations and cache; auto: bfloat16."

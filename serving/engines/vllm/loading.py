@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
@@ -24,10 +23,10 @@ from serving.engines import _published
 from serving.engines._protocol import MAX_LOGPROBS, Engine, EngineInfo
 from serving.engines.native.answers import Vocabulary
 from serving.engines.native.loading import TokenizerDecoder
+from serving.engines.native.memory import usable_bytes
 from serving.engines.native.sampling import TokenizerInfo
 from serving.engines.vllm.config import VllmConfig
 
-_SHARE_OF_FREE = 0.5  # The rest is for weights, activations and other replicas.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Without these vLLM would report home, and fork a process that has threads.
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
@@ -133,8 +132,8 @@ def _cache_bytes(config: VllmConfig, shape: PretrainedConfig, max_len: int) -> i
     if config.cache_bytes is not None:
         allowed_bytes, source = config.cache_bytes, "`cache_bytes` allows"
     else:
-        usable_bytes = int(_SHARE_OF_FREE * psutil.virtual_memory().available)
-        allowed_bytes = min(usable_bytes, config.max_slots * per_sequence_bytes)
+        usable = usable_bytes(torch.device("cpu"))
+        allowed_bytes = min(usable, config.max_slots * per_sequence_bytes)
         source = "half of the free memory is"
     if allowed_bytes < per_sequence_bytes:
         raise PlacementError(
