@@ -30,9 +30,10 @@ test: setup
 VLLM := .bench/vllm
 
 test-vllm: $(VLLM)/.ready
-	$(VLLM)/bin/python -m pytest --noconftest -k vllm -W ignore::ResourceWarning \
+	$(VLLM)/bin/python -m pytest --confcutdir tests/contract -k vllm -W ignore::ResourceWarning \
 		-W ignore::pytest.PytestUnraisableExceptionWarning \
-		tests/contract/test_engines.py tests/contract/test_vllm_engine.py
+		tests/contract/test_engines.py tests/contract/test_engine_requests.py \
+		tests/contract/test_vllm_engine.py
 
 $(VLLM)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)

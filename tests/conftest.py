@@ -1,4 +1,4 @@
-"""Fixtures that several kinds of tests share; being here, it also puts this folder on the path."""
+"""Fixtures that several kinds of tests share."""
 
 import os
 from collections.abc import Iterator

@@ -2,15 +2,15 @@
 
 import asyncio
 import threading
+from functools import partial
 
 import pytest
 import torch
+from tiny_models import publish
 
 from cluster.errors import ContextLengthError, EngineError, IntegrityError, RequestError
-from cluster.storage import write_manifest
 from jobs.compress import compress
 from jobs.config import CompressConfig, Recipe, Step
-from jobs.data.tokenizer import train_tokenizer
 from jobs.models.encoder import EncoderConfig, build, load, save
 from serving.engines._protocol import EngineInfo
 from serving.engines.native import create
@@ -33,10 +33,7 @@ INPUTS = [tuple((7 * i + j) % 298 + 2 for j in range(1 + 3 * i)) for i in range(
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model") / "tiny"
-    train_tokenizer(["def read_file(path): return path\n" * 20], 300, directory)
-    save(build(SHAPE, seed=3), directory, dtype=torch.float32)
-    write_manifest(directory, {"kind": "model"})
-    return directory
+    return publish(directory, partial(save, build(SHAPE, seed=3), dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")

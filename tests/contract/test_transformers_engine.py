@@ -3,12 +3,12 @@
 import asyncio
 
 import pytest
+import tiny_models
 import torch
 import transformers
 
 from cluster.errors import EngineError, ModelFormatError
 from cluster.storage import write_manifest
-from jobs.data.tokenizer import train_tokenizer
 from serving.engines._protocol import GenerateRequest
 from serving.engines.transformers import create
 
@@ -37,9 +37,7 @@ def publish(config, directory):
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "conv" not in name:
                 parameter.normal_(0.0, 0.3)
-    model.save_pretrained(directory)
-    train_tokenizer(["def read_file(path): return path\n" * 20], 300, directory)
-    write_manifest(directory, {"kind": "model"})
+    tiny_models.publish(directory, model.save_pretrained)
     return model
 
 

@@ -1,13 +1,14 @@
 """What the vLLM engine says in vLLM's own words; it runs where vLLM is installed."""
 
+from functools import partial
+
 import pytest
+from tiny_models import publish
 
 from cluster.errors import ConfigError, RequestError
-from cluster.storage import write_manifest
 from jobs.compression.packing import save_compressed
 from jobs.compression.recipe import apply_recipe
 from jobs.config import DecoderConfig, Recipe, Step
-from jobs.data.tokenizer import train_tokenizer
 from jobs.models.decoder import build
 from serving.engines._protocol import GenerateRequest, Grammar, GrammarKind
 from serving.engines.vllm import create
@@ -71,8 +72,6 @@ def test_params_when_resumed_with_what_needs_the_past_are_refused(options):
 def test_create_when_int4_is_asked_for_in_float32_is_refused(tmp_path):
     shape = DecoderConfig(vocab_size=300, hidden_size=128, intermediate_size=256, num_layers=1)
     recipe = Recipe(steps=(Step(method="rtn", options={"scheme": "w4a16"}),))
-    train_tokenizer(["some text"], 300, tmp_path)
-    save_compressed(apply_recipe(build(shape, seed=4), recipe), tmp_path)
-    write_manifest(tmp_path, {"kind": "model"})
+    publish(tmp_path, partial(save_compressed, apply_recipe(build(shape, seed=4), recipe)))
     with pytest.raises(ConfigError, match="bfloat16"):
         create(tmp_path, {"dtype": "float32"})

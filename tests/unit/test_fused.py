@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import decoder_config
 from torch import Tensor
 
 from jobs.compression.packing import load_model, save_compressed
@@ -43,18 +44,7 @@ def _needs_kernels() -> None:
 
 
 def config_of(shape: str, **changes: Any) -> DecoderConfig:
-    values = {
-        "shape": shape,
-        "vocab_size": 61,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 16,
-        "initializer_range": 0.1,
-    }
-    return DecoderConfig.model_validate(values | SHAPES[shape] | changes)
+    return decoder_config(shape, **SHAPES[shape] | changes)
 
 
 def write(directory: Path, config: DecoderConfig, recipe: Recipe) -> Path:

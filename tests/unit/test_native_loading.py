@@ -3,15 +3,15 @@
 import asyncio
 import json
 import logging
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import publish
 
 from cluster.errors import ModelFormatError, PlacementError
-from cluster.storage import write_manifest
 from jobs.config import DecoderConfig
-from jobs.data.tokenizer import train_tokenizer
 from jobs.evaluation.quality import greedy_reference
 from jobs.kernels.block_cache import BlockCache
 from jobs.models.decoder import build, save
@@ -128,9 +128,7 @@ def test_count_blocks_when_a_draft_has_a_cache_too_counts_both():
 
 
 def test_create_when_loaded_says_what_runs_on_which_operator(tmp_path, caplog):
-    train_tokenizer(["def read_file(path): return path\n" * 20], 300, tmp_path)
-    save(build(SHAPE, seed=3), tmp_path)
-    write_manifest(tmp_path, {"kind": "model"})
+    publish(tmp_path, partial(save, build(SHAPE, seed=3)))
     with caplog.at_level(logging.INFO, logger="serving.engines.native"):
         create(tmp_path, {"max_len": 32}).close()
     (record,) = (r for r in caplog.records if r.name.endswith("native.loading"))

@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import decoder_config
 from transformers import AutoModelForCausalLM
 
 from cluster.errors import IntegrityError, ModelFormatError
@@ -35,24 +35,9 @@ RECIPES = {
 }
 
 
-def config_of(shape: str = "llama", **changes: Any) -> DecoderConfig:
-    values = {
-        "shape": shape,
-        "vocab_size": 61,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 16,
-        "initializer_range": 0.1,
-    }
-    return DecoderConfig.model_validate(values | changes)
-
-
 def write(directory: Path, recipe: Recipe, config: DecoderConfig | None = None) -> Compressed:
     directory.mkdir(exist_ok=True)
-    model = build(config or config_of(), seed=0).to(torch.bfloat16).float()
+    model = build(config or decoder_config(), seed=0).to(torch.bfloat16).float()
     compressed = apply_recipe(model, recipe)
     save_compressed(compressed, directory)
     return compressed
@@ -93,7 +78,7 @@ def edit_tensors(directory: Path, **changes: torch.Tensor | None) -> None:
 def test_model_when_saved_loads_with_the_same_logits(
     shape: str, recipe: str, tmp_path: Path
 ) -> None:
-    compressed = write(tmp_path, RECIPES[recipe], config_of(shape))
+    compressed = write(tmp_path, RECIPES[recipe], decoder_config(shape))
     loaded = load_model(tmp_path, verify=False)
     # W8A8 also rounds activations, which the fake-quantized model does not, FP8 rounds them to four
     # significant bits, W4A16 to bfloat16.
@@ -112,7 +97,7 @@ def test_model_when_saved_loads_with_the_same_logits(
 def test_model_when_saved_loads_unmodified_in_transformers(
     shape: str, recipe: str, tmp_path: Path
 ) -> None:
-    write(tmp_path, RECIPES[recipe], config_of(shape, tie_embeddings=shape != "mistral"))
+    write(tmp_path, RECIPES[recipe], decoder_config(shape, tie_embeddings=shape != "mistral"))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     expected = theirs(some_tokens()).logits
     found = load_model(tmp_path, verify=False).model(some_tokens())
@@ -136,7 +121,7 @@ def test_predicted_bytes_when_saved_equal_the_tensors_on_disk(
     tie_embeddings: bool,  # noqa: FBT001  parametrized
     tmp_path: Path,
 ) -> None:
-    config = config_of("qwen2", tie_embeddings=tie_embeddings)
+    config = decoder_config("qwen2", tie_embeddings=tie_embeddings)
     write(tmp_path, RECIPES[recipe], config)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         stored_bytes = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
@@ -144,7 +129,7 @@ def test_predicted_bytes_when_saved_equal_the_tensors_on_disk(
 
 
 def test_model_when_loaded_holds_no_dense_copy(tmp_path: Path) -> None:
-    config = config_of(hidden_size=256, intermediate_size=512, head_dim=64)
+    config = decoder_config(hidden_size=256, intermediate_size=512, head_dim=64)
     step = INT4.replace(options={"scheme": "w4a16", "group_size": 128})
     write(tmp_path, Recipe(steps=(step,)), config)
     loaded = load_model(tmp_path, verify=False)
@@ -155,7 +140,7 @@ def test_model_when_loaded_holds_no_dense_copy(tmp_path: Path) -> None:
 
 
 def test_model_when_dense_directory_has_shards_loads_too(tmp_path: Path) -> None:
-    model = build(config_of(), seed=0)
+    model = build(decoder_config(), seed=0)
     save(model, tmp_path, dtype=torch.float32, max_shard_bytes=40_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = load_model(tmp_path, verify=False)

@@ -1,17 +1,17 @@
 """Guessing ahead: what is guessed, how far, and that answers stay what they are without it."""
 
 import asyncio
+from functools import partial
 
 import pytest
 import torch
 from engine_fakes import sequence
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import publish
 
 from cluster.errors import ConfigError
-from cluster.storage import write_manifest
 from jobs.config import DecoderConfig
-from jobs.data.tokenizer import train_tokenizer
 from jobs.kernels.block_cache import BlockCache
 from jobs.models.decoder import build, save
 from serving.engines._protocol import GenerateRequest, Grammar
@@ -177,9 +177,7 @@ def test_generate_when_the_model_guesses_for_itself_accepts_nearly_all(model):
 
 
 def test_create_when_guessing_under_a_grammar_keeps_to_it(tmp_path):
-    train_tokenizer(["def read_file(path): return path\n" * 20], 300, tmp_path)
-    save(build(SHAPE, seed=3), tmp_path, dtype=torch.float32)
-    write_manifest(tmp_path, {"kind": "model"})
+    publish(tmp_path, partial(save, build(SHAPE, seed=3), dtype=torch.float32))
     grammar = Grammar(kind="regex", text="(abc ){6}d")
     found = []
     for kind in ("none", "ngram"):
@@ -193,9 +191,8 @@ def test_create_when_guessing_under_a_grammar_keeps_to_it(tmp_path):
 
 def test_create_when_the_draft_has_another_vocabulary_is_refused(tmp_path):
     for name, vocab_size in (("model", 300), ("draft", 320)):
-        train_tokenizer(["def read_file(path): return path\n" * 20], 300, tmp_path / name)
-        save(build(SHAPE.replace(vocab_size=vocab_size), seed=3), tmp_path / name)
-        write_manifest(tmp_path / name, {"kind": "model"})
+        model = build(SHAPE.replace(vocab_size=vocab_size), seed=3)
+        publish(tmp_path / name, partial(save, model))
     speculation = {"kind": "draft", "draft": str(tmp_path / "draft")}
     with pytest.raises(ConfigError, match="320 tokens, and the model one of 300"):
         create(tmp_path / "model", {"speculation": speculation})
