@@ -11,7 +11,7 @@ from benchmarks.serving.http_client import Api, Reply, ask, ask_all
 from benchmarks.serving.workload import percentile, poisson
 
 _CLIENTS = 32
-_WARM_UP_S = 5.0
+_WARM_UP_S = 10.0
 _FACTOR = 5.0
 _TICK_S = 0.02
 _MEMORY_EVERY_S = 1.0
@@ -35,13 +35,13 @@ def measure(
     """Return goodput at five times capacity against its peak, refusals' times, and memory.
 
     The peak is what 32 clients get that ask one request after another, once all of them are at it.
-    Goodput counts whole answers, from the first request to the last answer. Memory is that of the
-    gateway and the replicas. `durations_s` are those of the two parts.
+    Goodput counts whole answers that ended while requests came, after the same time to warm up.
+    Memory is that of the gateway and the replicas. `durations_s` are those of the two parts.
     """
     peak_s, flood_s = durations_s
-    peak_per_s = asyncio.run(_closed_loop(api, vocab_size, peak_s))
-    say(f"capacity {peak_per_s:.2f} requests/s")
-    requests = poisson(_FACTOR * peak_per_s, flood_s, vocab_size, turn=1)
+    peak = asyncio.run(_closed_loop(api, vocab_size, peak_s))
+    say(f"capacity {peak['per_s']:.2f} requests/s")
+    requests = poisson(_FACTOR * peak["per_s"], flood_s, vocab_size, turn=1)
 
     async def flood() -> tuple[list[Reply], _Watched]:
         async with _watch(resident_bytes) as watched:
@@ -49,17 +49,18 @@ def measure(
         return replies, watched
 
     replies, watched = asyncio.run(flood())
-    first_s = min(reply.asked_s for reply in replies)
-    last_s = max(reply.answered_s for reply in replies)
+    start_s = min(reply.asked_s for reply in replies)
     whole = [reply for reply in replies if reply.is_whole]
     refused = [reply for reply in replies if reply.status == 429]
-    goodput_per_s = len(whole) / (last_s - first_s)
+    goodput = _rates(whole, start_s + _WARM_UP_S, flood_s - _WARM_UP_S)
+    say(f"goodput {goodput['per_s']:.2f} requests/s, {len(refused)} refused")
     return {
         "duration_s": flood_s,
-        "peak_per_s": peak_per_s,
         "offered_per_s": len(requests) / flood_s,
-        "goodput_per_s": goodput_per_s,
-        "goodput_ratio": goodput_per_s / peak_per_s,
+        "peak": peak,
+        "goodput": goodput,
+        "goodput_ratio": goodput["per_s"] / peak["per_s"],
+        "tokens_ratio": goodput["tokens_per_s"] / peak["tokens_per_s"],
         "answered": len(whole),
         "refused": len(refused),
         "cut_short": len(replies) - len(whole) - len(refused),
@@ -71,22 +72,29 @@ def measure(
     }
 
 
-async def _closed_loop(api: Api, vocab_size: int, duration_s: float) -> float:
-    """Return answers per second with a fixed number of clients, after they have warmed up."""
+async def _closed_loop(api: Api, vocab_size: int, duration_s: float) -> dict[str, float]:
+    """Return what a fixed number of clients get a second, after they have warmed up."""
     pool = poisson(100.0, 60.0, vocab_size)
     start_s = time.perf_counter() + _WARM_UP_S
     stop_s = start_s + duration_s
-    ends_s: list[float] = []
+    whole: list[Reply] = []
 
     async def client(number: int) -> None:
         while time.perf_counter() < stop_s:
             number = (number + _CLIENTS) % len(pool)
             reply = await ask(api, pool[number])
             if reply.is_whole:
-                ends_s.append(reply.answered_s)
+                whole.append(reply)
 
     await asyncio.gather(*(client(n) for n in range(_CLIENTS)))
-    return sum(start_s <= end_s < stop_s for end_s in ends_s) / duration_s
+    return _rates(whole, start_s, duration_s)
+
+
+def _rates(whole: Sequence[Reply], start_s: float, duration_s: float) -> dict[str, float]:
+    """Return answers that ended within a time, and their tokens, by the second."""
+    ended = [r for r in whole if start_s <= r.answered_s < start_s + duration_s]
+    num_tokens = sum(len(reply.tokens) for reply in ended)
+    return {"per_s": len(ended) / duration_s, "tokens_per_s": num_tokens / duration_s}
 
 
 @asynccontextmanager

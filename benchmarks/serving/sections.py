@@ -105,7 +105,9 @@ def _gateway_overhead(bench: Bench) -> Section:
 def _sweep(bench: Bench) -> Section:
     models = Models(REFERENCE)
     contenders: dict[str, Contender] = {
-        peers.OURS: bench.served(bench.service(), models.compressed("w8a8"), "w8a8", EVEN_OPTIONS)
+        f"{peers.OURS}-w8a8": bench.served(
+            bench.service(), models.compressed("w8a8"), "w8a8", EVEN_OPTIONS
+        )
     }
     batch_tokens = str(EVEN_OPTIONS["max_batch_tokens"])
     for peer in peers.PEERS:

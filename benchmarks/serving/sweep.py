@@ -11,10 +11,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from benchmarks.serving.contender import Contender
-from benchmarks.serving.workload import Answers, Limit, percentile, poisson
+from benchmarks.serving.workload import Answers, Limit, percentile, poisson, together
 
 LIMIT = Limit(first_token_s=1.0, between_tokens_s=0.1)
-RATES_PER_S = (1.0, 2.0, 4.0, 6.0, 8.0, 12.0)
+RATES_PER_S = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0)
 DURATION_S = 20.0
 _HOPELESS = 0.2
 
@@ -30,6 +30,8 @@ def measure(
     A contender whose goodput fell below a fifth of the rate is not asked at higher rates: its
     queue only grows.
     """
+    for contender in contenders.values():
+        contender.run(together(4, 64, 8, vocab_size))
     found: dict[str, dict[str, Any]] = {name: {} for name in contenders}
     for rate_per_s in rates_per_s:
         requests = poisson(rate_per_s, DURATION_S, vocab_size)

@@ -82,14 +82,15 @@ def poisson(rate_per_s: float, duration_s: float, vocab_size: int, turn: int = 0
 
     As many requests come as the rate says, at uniform times: a Poisson process whose count is
     known. Lengths are log-uniform, as conversations' are nearer to than to uniform. The same
-    lengths and prompts come at every rate; another `turn` has others.
+    lengths come at every rate, another `turn` has others. Prompts differ always, so that no
+    contender answers from what it cached.
     """
-    draws, clock = random.Random(turn), random.Random(f"{rate_per_s} {duration_s} {turn}")
+    lengths, draws = random.Random(turn), random.Random(f"{rate_per_s} {duration_s} {turn}")
     num_requests = round(rate_per_s * duration_s)
     requests = []
-    for at_s in sorted(clock.uniform(0.0, duration_s) for _ in range(num_requests)):
-        prompt = _prompt(draws, _log_uniform(draws, 16, 512), vocab_size)
-        requests.append(Request(at_s, prompt, _log_uniform(draws, 8, 128)))
+    for at_s in sorted(draws.uniform(0.0, duration_s) for _ in range(num_requests)):
+        prompt = _prompt(draws, _log_uniform(lengths, 16, 512), vocab_size)
+        requests.append(Request(at_s, prompt, _log_uniform(lengths, 8, 128)))
     return requests
 
 

@@ -94,12 +94,17 @@ def test_share_within_when_answers_are_late_short_or_uneven_counts_the_good_ones
 
 
 @pytest.mark.parametrize("rate_per_s", [0.5, 3.0])
-def test_poisson_when_drawn_has_the_rate_and_the_same_work_at_every_rate(
+def test_poisson_when_drawn_has_the_rate_and_at_every_rate_the_same_lengths(
     rate_per_s: float,
 ) -> None:
     requests = poisson(rate_per_s, 20.0, 1000)
     assert len(requests) == 20 * rate_per_s
     assert all(0 <= a.at_s <= b.at_s < 20 for a, b in itertools.pairwise(requests))
-    others = poisson(5.0, 20.0, 1000)
-    assert [r.prompt for r in requests] == [r.prompt for r in others[: len(requests)]]
-    assert requests[0].prompt != poisson(rate_per_s, 20.0, 1000, turn=1)[0].prompt
+    others = poisson(5.0, 20.0, 1000)[: len(requests)]
+    assert [lengths(r) for r in requests] == [lengths(r) for r in others]
+    assert not {r.prompt for r in requests} & {r.prompt for r in others}
+    assert lengths(requests[0]) != lengths(poisson(rate_per_s, 20.0, 1000, turn=1)[0])
+
+
+def lengths(request: Request) -> tuple[int, int]:
+    return len(request.prompt), request.max_tokens
