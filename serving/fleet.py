@@ -1,8 +1,7 @@
-"""The gateway's way to all replicas: connections kept open, loads known, versions chosen.
+"""The gateway's way to all replicas: versions and replicas chosen, requests carried over a loss.
 
-Takes the directory's snapshots and the routing table; gives the gateway its `Backend`. It does not
-know HTTP or Ray: the directory and the way to wake up a model are passed in. While the directory is
-away, the replicas it named last are used.
+Takes the directory's replicas (membership.py) and the routing table; gives the gateway its
+`Backend`. It does not know HTTP or Ray: the directory and the way to wake up a model are passed in.
 """
 
 import asyncio
@@ -17,8 +16,9 @@ from http import HTTPStatus
 import msgspec
 
 from serving.continuation import MAX_LOSSES, NoReplicaError, ResumableEvents
-from serving.directory import HEARTBEAT_S, Directory, Snapshot
+from serving.directory import HEARTBEAT_S, Directory
 from serving.members import Member, MemberAttempt, is_of, prompt_tokens, start_of
+from serving.membership import Membership
 from serving.messages import (
     ENGINE_FAILED,
     Embedded,
@@ -31,12 +31,9 @@ from serving.messages import (
 )
 from serving.outcomes import Outcomes
 from serving.routing import Load, Route, RoutingTable, affinity_of, effective_weight, pick
-from serving.transport import DeclinedError, ReplicaConnection, ReplicaLostError
+from serving.transport import DeclinedError, ReplicaLostError
 
 _logger = logging.getLogger(__name__)
-_REDIAL_S = 0.25
-_WATCH_TIMEOUT_S = 5 * HEARTBEAT_S
-_LEASE_FAILURES = 5
 Wake = Callable[[Route], Awaitable[None]]
 
 
@@ -59,47 +56,47 @@ class Fleet:
     def __init__(
         self, directory: Directory, node_id: str, wake: Wake, waits: Waits | None = None
     ) -> None:
-        self._directory, self._node_id, self._wake = directory, node_id, wake
+        self._directory, self._wake = directory, wake
         self._waits = waits or Waits()
         self._name = secrets.token_hex(8)
         self._random = random.Random()
         self._table = RoutingTable()
-        self._snapshot = Snapshot(-1, (), ())
-        self._members: dict[str, Member] = {}
+        self._membership = Membership(directory, node_id)
         self._outcomes: dict[str, Outcomes] = {}
-        self._changed = asyncio.Event()
         self._waking: dict[str, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._reporting: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to follow the directory."""
-        for work in (self._follow(), self._report()):
-            self._spawn(work)
+        self._membership.start()
+        self._reporting = asyncio.ensure_future(self._report())
 
     async def close(self) -> None:
         """Stop following and end every connection."""
-        for task in (*self._tasks, *self._waking.values()):
+        tasks = [*self._waking.values()]
+        if self._reporting is not None:
+            tasks.append(self._reporting)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._waking.values(), return_exceptions=True)
-        for member in self._members.values():
-            member.connection.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._membership.close()
 
     def set_table(self, table: RoutingTable) -> None:
         """Offer exactly these versions from now on; what runs goes on."""
         self._table = table
-        self._tell()
+        self._membership.tell()
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Return once every version has a replica that shall have one, or when the time is over."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while self._table.routes and await self.problem() is not None:
-                    await self._changed.wait()
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + timeout_s
+        while self._table.routes and await self.problem() is not None and loop.time() < end_s:
+            await self._membership.wait_change(end_s - loop.time())
 
     @property
     def num_connected(self) -> int:
         """Replicas that can be asked now."""
-        return sum(member.is_usable for member in self._members.values())
+        return sum(member.is_usable for member in self._membership.members)
 
     # What the gateway asks; see `Backend`.
 
@@ -110,7 +107,10 @@ class Fleet:
     def choose(self, asked: str) -> ServedModel | None:
         """Return the version that answers one request."""
         route = self._table.choose(
-            asked, self._random.random(), leases=self._snapshot.leases, ready=self._ready()
+            asked,
+            self._random.random(),
+            leases=self._membership.snapshot.leases,
+            ready=self._membership.ready(),
         )
         return None if route is None else self._served(route)
 
@@ -133,14 +133,14 @@ class Fleet:
         """Return what each replica last said of itself."""
         return [
             ReplicaStats(entry.model, entry.version, entry.replica, entry.stats)
-            for entry in self._snapshot.replicas
+            for entry in self._membership.snapshot.replicas
         ]
 
     async def problem(self) -> Refused | None:
         """Return why a model cannot answer now, or None if each can or is asleep on purpose."""
-        ready = self._ready()
+        ready, leases = self._membership.ready(), self._membership.snapshot.leases
         for route in self._table.routes:
-            is_used = effective_weight(route, self._snapshot.leases) > 0
+            is_used = effective_weight(route, leases) > 0
             if is_used and not route.scales_to_zero and route.reference not in ready:
                 return _unavailable(f"model `{route.reference}` has no replica yet.")
         if not self._table.routes:
@@ -156,7 +156,7 @@ class Fleet:
         loop = asyncio.get_running_loop()
         began_s = loop.time()
         while True:
-            usable = {m.entry.replica: m for m in self._members.values() if m.answers(model)}
+            usable = {m.entry.replica: m for m in self._membership.members if m.answers(model)}
             candidates = {key: m for key, m in usable.items() if key not in failed}
             if candidates:
                 loads = [Load(key, m.tokens_in_flight) for key, m in candidates.items()]
@@ -166,14 +166,12 @@ class Fleet:
                 raise NoReplicaError(
                     f"no replica of `{model.reference}` can answer now. Try again in a moment."
                 )
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left_s):
-                    await self._changed.wait()
+            await self._membership.wait_change(left_s)
 
     def _patience_s(self, model: ServedModel, *, is_begun: bool) -> float:
         if is_begun:
             return self._waits.replacement_s
-        is_known = any(is_of(entry, model) for entry in self._snapshot.replicas)
+        is_known = any(is_of(entry, model) for entry in self._membership.snapshot.replicas)
         route = self._table.find(model.reference)
         if route is not None and route.scales_to_zero:
             if not is_known:
@@ -218,7 +216,7 @@ class Fleet:
 
     def _served(self, route: Route) -> ServedModel:
         """Return what a route offers; a replica knows what the table does not say."""
-        for member in self._members.values():
+        for member in self._membership.members:
             if member.reference == route.reference:
                 entry = member.entry
                 return msgspec.structs.replace(
@@ -229,62 +227,6 @@ class Fleet:
                 )
         return route.model
 
-    # Following the directory.
-
-    def _ready(self) -> set[str]:
-        return {m.reference for m in self._members.values() if m.is_usable}
-
-    async def _follow(self) -> None:
-        num_failures = 0
-        while True:
-            try:
-                async with asyncio.timeout(_WATCH_TIMEOUT_S):
-                    snapshot = await self._directory.watch(self._snapshot.revision, HEARTBEAT_S)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it may end: ask again
-                num_failures += 1
-                _logger.warning("the directory does not answer: %r", error)
-                if num_failures == _LEASE_FAILURES:  # Nobody can renew them: they have ended.
-                    self._snapshot = msgspec.structs.replace(self._snapshot, leases=())
-                await asyncio.sleep(HEARTBEAT_S)
-                continue
-            num_failures = 0
-            self._see(snapshot)
-
-    def _see(self, snapshot: Snapshot) -> None:
-        """Connect to new replicas and forget those that are neither named nor connected."""
-        self._snapshot = snapshot
-        named = {entry.replica: entry for entry in snapshot.replicas}
-        for replica, entry in named.items():
-            known = self._members.get(replica)
-            if known is not None:
-                known.entry = entry
-            elif not entry.is_draining:
-                self._members[replica] = member = Member(entry)
-                self._spawn(self._keep_connected(member))
-        self._tell()
-
-    async def _keep_connected(self, member: Member) -> None:
-        """Connect, and again whenever the connection breaks, as long as the replica is named."""
-        while True:
-            connection = ReplicaConnection(member.entry.secret)
-            try:
-                await connection.open(member.entry.address, self._node_id)
-            except ReplicaLostError as error:
-                _logger.info("replica %s: %s", member.entry.replica, error)
-                await asyncio.sleep(_REDIAL_S)
-            else:
-                member.connection = connection
-                self._tell()
-                try:
-                    await connection.lost
-                finally:
-                    connection.close()
-                self._tell()
-            named = {entry.replica for entry in self._snapshot.replicas}
-            if member.entry.replica not in named or member.entry.is_draining:
-                del self._members[member.entry.replica]
-                return
-
     async def _report(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
@@ -292,15 +234,6 @@ class Fleet:
                 await self._directory.note_outcomes(self._name, self._outcomes)
             except Exception as error:  # noqa: BLE001 - the next report says it all again
                 _logger.info("the directory did not take a report: %s", error)
-
-    def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _tell(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
 
 
 class _Version:

@@ -57,12 +57,12 @@ def test_generate_when_the_reader_closes_after_the_last_token_counts_an_answered
                     break
             await events.aclose()
             outcomes = made.fleet._outcomes[MODEL.reference]
-            return outcomes, replica.num_cancelled, made.fleet._members
+            return outcomes, replica.num_cancelled, made.fleet._membership.members
 
     outcomes, num_cancelled, members = run(work())
     assert (outcomes.num_requests, outcomes.num_failed, num_cancelled) == (1, 0, 0)
     assert sum(outcomes.first_token.values()) == 1
-    assert [member.tokens_in_flight for member in members.values()] in ([], [0])
+    assert [member.tokens_in_flight for member in members] in ([], [0])
 
 
 def test_choose_when_a_lease_is_not_renewed_leaves_all_to_the_other_version():
@@ -90,20 +90,21 @@ def test_generate_when_many_ask_at_once_keeps_their_answers_apart():
     assert [tokens(events) for events in run(work())] == [list(range(n)) for n in range(1, 40)]
 
 
+async def lose_first(first, asked):
+    """Return what a reader got whose replica is lost at a pause, and what another was asked."""
+    async with setting(first) as made:
+        reading = asyncio.create_task(collect(made.fleet.generate(MODEL, asked)))
+        await first.is_paused.wait()
+        second = CountingReplica()
+        await made.add(second)
+        await made.ready(2)
+        kill(made.hosts[0])
+        return await reading, second.asked
+
+
 @pytest.mark.parametrize("at", [0, 1, 4, 7])
 def test_generate_when_the_replica_is_lost_continues_on_another(at):
-    async def work():
-        first = CountingReplica(pause_at={at})
-        async with setting(first) as made:
-            asked = asyncio.create_task(collect(made.fleet.generate(MODEL, request())))
-            await first.is_paused.wait()
-            second = CountingReplica()
-            await made.add(second)
-            await made.ready(2)
-            kill(made.hosts[0])
-            return await asked, second.asked
-
-    events, asked = run(work())
+    events, asked = run(lose_first(CountingReplica(pause_at={at}), request()))
     assert tokens(events) == list(range(8))
     assert sum(isinstance(event, Started) for event in events) == 1
     (resumed,) = asked
@@ -111,18 +112,7 @@ def test_generate_when_the_replica_is_lost_continues_on_another(at):
 
 
 def test_generate_when_lost_with_some_choices_ended_does_not_generate_those_again():
-    async def work():
-        first = CountingReplica(pause_at={6})
-        async with setting(first) as made:
-            asked = asyncio.create_task(collect(made.fleet.generate(MODEL, request(8, 3))))
-            await first.is_paused.wait()
-            second = CountingReplica()
-            await made.add(second)
-            await made.ready(2)
-            kill(made.hosts[0])
-            return await asked, second.asked
-
-    events, asked = run(work())
+    events, asked = run(lose_first(CountingReplica(pause_at={6}), request(8, 3)))
     assert asked[0].finished == (2,)
     assert [tokens(events, c) for c in range(3)] == [
         [100 * c + i for i in range(8 - c)] for c in range(3)
@@ -214,7 +204,7 @@ def test_generate_when_closed_early_cancels_at_the_replica():
             await events.aclose()
             while not replica.num_cancelled:  # noqa: ASYNC110 - no event to wait for
                 await asyncio.sleep(0.005)
-            return [m.tokens_in_flight for m in made.fleet._members.values()]
+            return [m.tokens_in_flight for m in made.fleet._membership.members]
 
     assert run(work()) == [0]
 
