@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.config import StrictModel
 from cluster.errors import ConfigError, ModelFormatError
 from cluster.storage import MANIFEST, resolve_output, verify_directory, write_manifest
 from jobs.compression.packing import LoadedModel, load_model
 from jobs.compression.recipe import predicted_bytes
 from jobs.config import DecoderConfig, EvaluateConfig, Recipe
 from jobs.data.tokens import TokenSplit, open_split
-from jobs.evaluation.gate import Measurement, Verdict, judge
+from jobs.evaluation.gate import Judged, Measurement, judge
 from jobs.evaluation.latency import Latency, compare_latency
 from jobs.evaluation.quality import sequence_losses
 from jobs.models import _hf
@@ -27,27 +26,19 @@ _LATENCY_CONTEXT = 128
 _LATENCY_TOKENS = 32
 
 
-class Evaluation(StrictModel):
+class Evaluation(Judged):
     """What was measured and the verdict."""
 
-    model: Path
-    base: Path
-    verdict: Verdict
     latency: Latency
     base_latency: Latency
 
-    def summary(self) -> dict[str, Any]:
-        """Return the values to print."""
+    def measured(self) -> dict[str, Any]:
+        """Return weights in memory and rates of both models."""
         return {
-            "model": str(self.model),
-            "base": str(self.base),
-            "passed": self.verdict.passed,
-            "reasons": "; ".join(self.verdict.reasons),
             "weight_bytes_in_memory": self.latency.weight_bytes,
             "base_weight_bytes_in_memory": self.base_latency.weight_bytes,
             "tokens_per_s": self.latency.tokens_per_s,
             "base_tokens_per_s": self.base_latency.tokens_per_s,
-            **self.verdict.numbers,
         }
 
 

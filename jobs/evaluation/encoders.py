@@ -5,41 +5,25 @@ and, if asked, writes the verdict into the model's manifest. It does not know wh
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cluster.config import StrictModel
 from cluster.errors import ConfigError, DataError
 from cluster.storage import resolve_output, verify_directory, write_manifest
 from jobs.compression.encoders import LoadedEncoder, load_encoder
 from jobs.compression.recipe import predicted_bytes
 from jobs.config import EvaluateConfig, GateConfig, Recipe
 from jobs.data.tokenizer import check_fits, load_tokenizer
-from jobs.evaluation.gate import Verdict
+from jobs.evaluation.gate import Judged, Verdict
 from jobs.models import _hf
 from jobs.models.encoder import is_encoder, read_config
 
 _BATCH = 32
 
 
-class EncoderEvaluation(StrictModel):
-    """What was measured and the verdict."""
-
-    model: Path
-    base: Path
-    verdict: Verdict
-
-    def summary(self) -> dict[str, Any]:
-        """Return the values to print."""
-        return {
-            "model": str(self.model),
-            "base": str(self.base),
-            "passed": self.verdict.passed,
-            "reasons": "; ".join(self.verdict.reasons),
-            **self.verdict.numbers,
-        }
+class EncoderEvaluation(Judged):
+    """An encoder and the verdict on its distances."""
 
 
 def compares_encoders(config: EvaluateConfig) -> bool:

@@ -5,6 +5,7 @@ does not know how anything was measured or what happens to a refused model.
 """
 
 import math
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -70,6 +71,29 @@ class Verdict(StrictModel):
     passed: bool
     reasons: tuple[str, ...] = ()
     numbers: dict[str, float | int | None] = Field(default_factory=dict)
+
+
+class Judged(StrictModel):
+    """A model beside the one it came from, and the verdict."""
+
+    model: Path
+    base: Path
+    verdict: Verdict
+
+    def summary(self) -> dict[str, Any]:
+        """Return the values to print."""
+        return {
+            "model": str(self.model),
+            "base": str(self.base),
+            "passed": self.verdict.passed,
+            "reasons": "; ".join(self.verdict.reasons),
+            **self.measured(),
+            **self.verdict.numbers,
+        }
+
+    def measured(self) -> dict[str, Any]:
+        """Return what was measured beside the numbers of the verdict."""
+        return {}
 
 
 def judge(measurement: Measurement, limits: GateConfig) -> Verdict:

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from cluster.config import StrictModel
 from cluster.errors import ModelFormatError
 from cluster.storage import write_atomic, write_json
-from jobs.models._hf import CONFIG, read_config
+from jobs.models._hf import CONFIG, read_config, shape_from
 
 ARCHITECTURE = "BertModel"
 MODULES = "modules.json"
@@ -99,14 +99,7 @@ def read_encoder_config(directory: Path) -> EncoderConfig:
         "pad_token_id": document.get("pad_token_id") or 0,
         "initializer_range": document.get("initializer_range", 0.02),
     }
-    try:
-        return EncoderConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ModelFormatError(
-            f"{CONFIG} describes no encoder that can be built: {where} {first['msg']}"
-        ) from None
+    return shape_from(EncoderConfig, values, what="encoder")
 
 
 def to_hf_config(config: EncoderConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cluster.config import ModelT
 from cluster.errors import ModelFormatError
 from cluster.storage import write_json
 from jobs.config import DecoderConfig, RopeScaling, Shape
@@ -122,13 +123,18 @@ def from_hf_config(document: Mapping[str, Any]) -> DecoderConfig:
         "bos_token_id": document.get("bos_token_id"),
         "eos_token_id": _single_token(document.get("eos_token_id")),
     }
+    return shape_from(DecoderConfig, values, what="model")
+
+
+def shape_from(kind: type[ModelT], values: Mapping[str, Any], *, what: str) -> ModelT:
+    """Return a model's shape from what its config.json says, or raise ModelFormatError."""
     try:
-        return DecoderConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ModelFormatError(
-            f"{CONFIG} describes no model that can be built: {where} {first['msg']}"
+            f"{CONFIG} describes no {what} that can be built: {where} {first['msg']}"
         ) from None
 
 
