@@ -4,11 +4,15 @@ import os
 import random
 import socket
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed, multiprocessing
 
+from cluster.storage import staged_directory
 from jobs.config import TrainConfig
+from jobs.data.tokens import DATA_KIND, SPLITS
 from jobs.training.loop import World, run
 from jobs.training.metrics_file import read_metrics
 
@@ -94,3 +98,16 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def write_random_data(folder: Path, *, vocab_size: int, num_tokens: int) -> None:
+    """Write packed data of random tokens, as many in every split; always the same ones."""
+    generator = np.random.default_rng(0)
+    splits: dict[str, Any] = {}
+    manifest = {"kind": DATA_KIND, "dtype": "<u2", "vocab_size": vocab_size, "splits": splits}
+    with staged_directory(folder, manifest) as staging:
+        for split in SPLITS:
+            name = f"{split}.bin"
+            tokens = generator.integers(0, vocab_size, num_tokens).astype("<u2")
+            (staging / name).write_bytes(tokens.tobytes())
+            splits[split] = {"shards": [name], "num_tokens": num_tokens, "num_documents": 1}

@@ -8,15 +8,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
+from tiny_training import write_random_data
 
 from cluster.session import HeadConfig, Session, start_head, stop_head
 from cluster.storage import read_manifest, staged_directory, verify_directory
 from jobs.compression.packing import load_model
 from jobs.config import DecoderConfig, PublishConfig
-from jobs.data.tokens import DATA_KIND, SPLITS
 from jobs.evaluation.gate import require_passed
 from jobs.models.decoder import build, save
 from jobs.publish import publish
@@ -43,14 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with staged_directory(folder / "model", {"kind": "model", "lineage": {"run": "r"}}) as staging:
         save(build(DECODER, seed=0), staging)
         (staging / "tokenizer.json").write_text("{}")
-    generator = np.random.default_rng(0)
-    splits = {}
-    manifest = {"kind": DATA_KIND, "dtype": "<u2", "vocab_size": 256, "splits": splits}
-    with staged_directory(folder / "data", manifest) as staging:
-        for split in SPLITS:
-            tokens = generator.integers(0, 256, 4000).astype("<u2")
-            (staging / f"{split}.bin").write_bytes(tokens.tobytes())
-            splits[split] = {"shards": [f"{split}.bin"], "num_tokens": 4000, "num_documents": 1}
+    write_random_data(folder / "data", vocab_size=256, num_tokens=4000)
     return folder
 
 

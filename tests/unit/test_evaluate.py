@@ -2,17 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from tiny_training import write_random_data
 
 from cluster.errors import ConfigError, GateRefusedError, IntegrityError, ModelFormatError
 from cluster.storage import read_manifest, staged_directory, verify_directory
 from jobs.compression.packing import save_compressed
 from jobs.compression.recipe import apply_recipe
 from jobs.config import DecoderConfig, EvaluateConfig, PublishConfig, Recipe, Step
-from jobs.data.tokens import DATA_KIND, SPLITS
 from jobs.evaluate import main
 from jobs.evaluation.compare import evaluate
 from jobs.models.decoder import build, save
@@ -38,14 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compressed = apply_recipe(build(DECODER, seed=0), recipe)
     with staged_directory(folder / "small", {"kind": "model", "metrics": {"a": 1}}) as staging:
         save_compressed(compressed, staging)
-    generator = np.random.default_rng(0)
-    splits: dict[str, Any] = {}
-    manifest = {"kind": DATA_KIND, "dtype": "<u2", "vocab_size": 128, "splits": splits}
-    with staged_directory(folder / "data", manifest) as staging:
-        for split in SPLITS:
-            tokens = generator.integers(0, 128, 1000).astype("<u2")
-            (staging / f"{split}.bin").write_bytes(tokens.tobytes())
-            splits[split] = {"shards": [f"{split}.bin"], "num_tokens": 1000, "num_documents": 1}
+    write_random_data(folder / "data", vocab_size=128, num_tokens=1000)
     return folder
 
 
