@@ -1,5 +1,6 @@
 """Decode passes that are recorded and replayed: the same answers as operator by operator."""
 
+import asyncio
 import itertools
 import logging
 from dataclasses import dataclass
@@ -10,10 +11,20 @@ import torch
 from jobs.compression.packing import load_model, save_compressed
 from jobs.compression.recipe import apply_recipe
 from jobs.config import DecoderConfig, Recipe, Step
+from jobs.evaluation.quality import greedy_reference
 from jobs.kernels.block_cache import BlockCache
 from jobs.models.decoder import Decoder, build
+from serving.engines._protocol import EngineInfo, GenerateRequest
+from serving.engines.native.answers import Vocabulary
+from serving.engines.native.blocks import BlockManager
+from serving.engines.native.config import EngineConfig
+from serving.engines.native.engine import NativeEngine
 from serving.engines.native.graphs import CudaRecorder, DecodeGraphs, GraphLimits, ladder
-from serving.engines.native.runner import Chunked, read
+from serving.engines.native.loading import start
+from serving.engines.native.passes import PassLimits
+from serving.engines.native.runner import Chunked, Runner, read
+from serving.engines.native.sampling import TokenizerInfo
+from serving.engines.native.scheduler import Scheduler
 
 SHAPE = DecoderConfig(
     vocab_size=300,
@@ -28,6 +39,7 @@ SHAPE = DecoderConfig(
 BLOCK_SIZE = 8
 MAX_BLOCKS = SHAPE.max_seq_len // BLOCK_SIZE
 CPU = torch.device("cpu")
+PROMPTS = [tuple(range(place, place + 3 + 4 * place)) for place in range(1, 7)]
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -162,6 +174,47 @@ def test_ladder_when_long_never_steps_by_more_than_half():
     sizes = ladder(1024)
     pairs = list(itertools.pairwise(sizes[1:]))
     assert all(after <= before * 3 // 2 for before, after in pairs)
+
+
+def answers(engine) -> list[list[int]]:
+    async def ask(prompt):
+        request = GenerateRequest(prompt_tokens=prompt, max_tokens=20, temperature=0.0)
+        return [token async for chunk in engine.generate(request) for token in chunk.token_ids]
+
+    async def ask_all():
+        return await asyncio.gather(*map(ask, PROMPTS))
+
+    return asyncio.run(ask_all())
+
+
+def test_engine_when_decode_passes_are_replayed_answers_like_the_plain_model(tmp_path):
+    model, recorder = model_of(tmp_path), Again()
+    cache = BlockCache(SHAPE, 4 * MAX_BLOCKS, BLOCK_SIZE, torch.float32, use_kernels=False)
+    graphs = DecodeGraphs(model, cache, GraphLimits(4, MAX_BLOCKS), CPU, recorder)
+    engine = NativeEngine(
+        Runner(model, cache, CPU, replays=graphs),
+        Scheduler(PassLimits(4, 16), BlockManager(4 * MAX_BLOCKS, BLOCK_SIZE)),
+        EngineInfo("native", 300, 64, 4, 1, 1, {}, {}),
+        Vocabulary(TokenizerInfo(300)),
+    )
+    found = answers(engine)
+    engine.close()
+    assert found == [greedy_reference(model, prompt, 20) for prompt in PROMPTS]
+    assert recorder.num_recorded > 0
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+def test_engine_when_on_cuda_replays_graphs_and_answers_like_the_plain_model(tmp_path):
+    model_of(tmp_path)
+    loaded = load_model(tmp_path, device="cuda", verify=False)
+    options = {"max_slots": 4, "max_batch_tokens": 16, "max_len": 64, "dtype": "float32"}
+    for is_on, decoding in ((True, "CUDA graphs"), (False, "`cuda_graphs` is off")):
+        engine = start(loaded, EngineConfig(**options, device="cuda", cuda_graphs=is_on))
+        found = answers(engine)
+        engine.close()
+        assert decoding in engine.info().decoding
+        assert found == [greedy_reference(model_of(tmp_path), prompt, 20) for prompt in PROMPTS]
 
 
 @pytest.mark.gpu

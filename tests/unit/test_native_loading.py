@@ -133,3 +133,4 @@ def test_create_when_loaded_says_what_runs_on_which_operator(tmp_path, caplog):
         create(tmp_path, {"max_len": 32}).close()
     (record,) = (r for r in caplog.records if r.name.endswith("native.loading"))
     assert "15 x bf16 on dense" in record.getMessage()
+    assert "decoding: operator by operator" in record.getMessage()

@@ -72,3 +72,8 @@ class EngineConfig(TorchOptions):
         description="Type of activations; auto: float32 on CPU, bfloat16 on CUDA, and for encoders "
         "bfloat16 wherever it is fast.",
     )
+    cuda_graphs: bool = Field(
+        default=True,
+        description="On CUDA: record passes of one token a sequence, once for each size, and "
+        "replay them. Passes with prompts, guesses or adapters start operator by operator.",
+    )

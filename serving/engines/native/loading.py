@@ -7,6 +7,7 @@ the registry.
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from jobs.models import _hf
 from jobs.models._fused import FusedDecoder, can_fuse
 from jobs.models.decoder import Decoder, stop_token_ids
 from jobs.models.encoder import is_encoder
-from serving.engines._protocol import EngineInfo
+from serving.engines._protocol import EAGER, EngineInfo
 from serving.engines.native.adapters import load_adapters
 from serving.engines.native.answers import Vocabulary
 from serving.engines.native.blocks import BlockManager
@@ -33,6 +34,7 @@ from serving.engines.native.config import DrafterKind, EngineConfig
 from serving.engines.native.embedding import NativeEmbedder, create_embedder
 from serving.engines.native.engine import NativeEngine
 from serving.engines.native.grammar import GrammarCompiler
+from serving.engines.native.graphs import CudaRecorder, DecodeGraphs, GraphLimits
 from serving.engines.native.memory import (
     activation_dtype,
     cache_dtype,
@@ -119,11 +121,13 @@ def start(
         operators=dict(loaded.operators),
         adapters=adapters.names,
     )
-    _log(info)
     model = _runnable(loaded.model)
+    replays, decoding = _replays(model, caches[0], config, device)
+    info = replace(info, decoding=decoding)
+    _log(info)
     drafter = _drafter(draft, config, caches[-1], device)
     return NativeEngine(
-        Runner(model, caches[0], device, drafter, adapters),
+        Runner(model, caches[0], device, drafter, adapters, replays),
         _scheduler(config, num_blocks, is_guessing=drafter is not None),
         info,
         vocabulary or Vocabulary(TokenizerInfo(shape.vocab_size)),
@@ -142,6 +146,22 @@ def _scheduler(config: EngineConfig, num_blocks: int, *, is_guessing: bool) -> S
         num_blocks, config.block_size, is_prefix_cached=config.enable_prefix_cache
     )
     return Scheduler(limits, blocks)
+
+
+def _replays(
+    model: Model, cache: BlockCache, config: EngineConfig, device: torch.device
+) -> tuple[DecodeGraphs | None, str]:
+    """Return recordings of decode passes, or None, and which of it in words."""
+    if device.type != "cuda":
+        return None, EAGER
+    if not config.cuda_graphs:
+        return None, f"{EAGER} (`cuda_graphs` is off)"
+    limits = GraphLimits(config.max_slots, -(-config.max_len // config.block_size))
+    graphs = DecodeGraphs(model, cache, limits, device, CudaRecorder(device))
+    graphs.prepare()
+    if graphs.failure is not None:
+        return None, f"{EAGER} ({graphs.failure})"
+    return graphs, "CUDA graphs"
 
 
 def _drafter(
@@ -177,8 +197,9 @@ def _log(info: EngineInfo) -> None:
     layers = Counter((info.schemes.get(name, "?"), op) for name, op in info.operators.items())
     operators = ", ".join(f"{n} x {scheme} on {op}" for (scheme, op), n in layers.most_common())
     _logger.info(
-        "native engine: weights %.1f MiB, cache %.1f MiB; layers: %s",
+        "native engine: weights %.1f MiB, cache %.1f MiB; decoding: %s; layers: %s",
         info.weight_bytes / MIB,
         info.cache_bytes / MIB,
+        info.decoding,
         operators or "as they are",
     )

@@ -51,6 +51,14 @@ class Drafter(Protocol):
         ...
 
 
+class Replays(Protocol):
+    """Passes that need not be started operator by operator; see `graphs.DecodeGraphs`."""
+
+    def run(self, parts: "Seq[Chunked]") -> Tensor | None:
+        """Compute parts as `read` does; None for a pass of another kind."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """What follows a piece; empty if none can be chosen, because its logits are not finite.
@@ -101,12 +109,14 @@ class Runner:
         device: torch.device,
         drafter: Drafter | None = None,
         adapters: Adapters | None = None,
+        replays: Replays | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
         self._device = device
         self._drafter = drafter
         self._adapters = adapters
+        self._replays = replays
 
     @torch.inference_mode()
     def run(self, pieces: Seq[Piece]) -> list[Sampled]:
@@ -114,7 +124,11 @@ class Runner:
         guesses = [[]] * len(pieces) if self._drafter is None else self._drafter.propose(pieces)
         parts = [_part(piece, guess) for piece, guess in zip(pieces, guesses, strict=True)]
         adapters = self._adapters_of(parts)
-        hidden_TC = read(self._model, self._cache, parts, self._device, adapters)
+        hidden_TC = None
+        if self._replays is not None and adapters is None:
+            hidden_TC = self._replays.run(parts)
+        if hidden_TC is None:
+            hidden_TC = read(self._model, self._cache, parts, self._device, adapters)
         checked = [(p, guess) for p, guess in zip(pieces, guesses, strict=True) if p.is_last]
         if not checked:
             return []
