@@ -4,7 +4,7 @@ Takes a decoder's weights, in layers that run on operators of csrc/, and the wor
 gives a function from tokens to hidden states. It does not know how a model is loaded, nor about
 layers on other operators or adapters (see jobs/models/_fused.py).
 
-T tokens of the pass, C hidden width
+T tokens of the pass, N of them wanted, C hidden width
 """
 
 import ctypes
@@ -24,7 +24,7 @@ Linear = DenseLinear | QuantizedLinear
 _SCHEMES: dict[Scheme, int] = {"bf16": 0, "w8a8": 1, "w4a16": 2, "w4a8": 3}
 _MAX_JOINED = 3
 _SUM_BLOCK = 32
-_decoder_pass = native.function("rs_decoder_pass", "ppppppi")
+_decoder_pass = native.function("rs_decoder_pass", "ppppppnpi")
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,17 @@ class DecoderPass:
         )
 
     def run(
-        self, tokens_T: Tensor, attention: PagedAttention, space: Space, out_TC: Tensor
-    ) -> None:
-        """Write hidden states after the final norm; `attention` knows the rotation already."""
+        self, tokens_T: Tensor, attention: PagedAttention, space: Space, wanted_N: Tensor
+    ) -> Tensor:
+        """Return h_NC after the final norm, of wanted tokens; their places in the pass rise.
+
+        `attention` knows the rotation already. Keys and values of all tokens are written, and
+        nothing is computed that only the last outputs of unwanted tokens would need.
+        """
+        assert bool((wanted_N[1:] > wanted_N[:-1]).all()), f"places must rise: {wanted_N}"
+        is_inside = not len(wanted_N) or 0 <= wanted_N[0] <= wanted_N[-1] < len(tokens_T)
+        assert is_inside, f"places are beyond the pass's {len(tokens_T)} tokens: {wanted_N}"
+        out_NC = torch.empty((len(wanted_N), self._weights.norm_C.shape[0]))
         floats = (space.h, space.x, space.qkv, space.o, space.gate_up)
         quantized = space.quantized
         tensors = (*floats, quantized.values_NS, quantized.scale_N, quantized.sums_NB)
@@ -111,9 +119,12 @@ class DecoderPass:
             step,
             ctypes.addressof(fields),
             tokens_T.data_ptr(),
-            out_TC.data_ptr(),
+            wanted_N.data_ptr(),
+            len(wanted_N),
+            out_NC.data_ptr(),
             native.num_threads(),
         )
+        return out_NC
 
 
 # The structures of csrc/decoder.cpp.

@@ -86,8 +86,12 @@ class FusedDecoder:
         positions_BT: Tensor,
         attention: Attention,
         adapters: RowAdapters | None = None,
+        wanted_N: Tensor | None = None,  # noqa: N803
     ) -> Tensor:
-        """Return float32 h_BTC after the final norm, for B = 1."""
+        """Return float32 h_BTC after the final norm, for B = 1, or h_BNC of some tokens.
+
+        `wanted_N` must rise: int64 places of tokens in the pass.
+        """
         batch, num_tokens = tokens_BT.shape
         assert batch == 1, f"one row of tokens is computed at a time, not {batch}"
         assert int(tokens_BT.min()) >= 0, "token ids must not be negative"
@@ -95,15 +99,16 @@ class FusedDecoder:
         tokens_T = tokens_BT[0].contiguous()
         space = self._space.of(num_tokens)
         mix = _Mix(attention, self._rotary(positions_BT, torch.float32), self.config)
-        out_BTC = torch.empty((1, num_tokens, self.config.hidden_size))
         if self._whole_pass and adapters is None and isinstance(attention, PagedAttention):
-            self._whole_pass.run(tokens_T, attention, space, out_BTC[0])
-            return out_BTC
+            wanted_N = torch.arange(num_tokens) if wanted_N is None else wanted_N
+            return self._whole_pass.run(tokens_T, attention, space, wanted_N)[None]
         native_ops.embed(self._embedding_VC, tokens_T, space.h)
         for layer in self._layers:
             layer.run(space, mix, adapters)
-        native_ops.rms_norm(space.h, self._norm_C, out_BTC[0], self.config.norm_eps)
-        return out_BTC
+        h_NC = space.h if wanted_N is None else space.h[wanted_N]
+        out_NC = torch.empty_like(h_NC)
+        native_ops.rms_norm(h_NC, self._norm_C, out_NC, self.config.norm_eps)
+        return out_NC[None]
 
     def head(self, h: Tensor) -> Tensor:
         """Return float32 logits [..., V] of final hidden states [..., C]."""

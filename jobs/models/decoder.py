@@ -76,10 +76,12 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         attention: Attention | None = None,
         adapters: RowAdapters | None = None,
+        wanted_N: Tensor | None = None,  # noqa: N803
     ) -> Tensor:
         """Return h_BTC after the final norm, for a caller that needs logits of few tokens.
 
-        With `adapters` every linear layer's output is handed to them, rows of all B together.
+        With `adapters` every linear layer's output is handed to them, rows of all B together. With
+        `wanted_N`, only those tokens' h_BNC.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
@@ -87,7 +89,7 @@ class Decoder(nn.Module):
         cos_BT1D, sin_BT1D = self.rotary(positions_BT, h_BTC.dtype)
         for block in self.model.layers:
             h_BTC = block(h_BTC, cos_BT1D, sin_BT1D, attention, adapters)
-        return self.model.norm(h_BTC)
+        return self.model.norm(h_BTC if wanted_N is None else h_BTC[:, wanted_N])
 
     def head(self, h: Tensor) -> Tensor:
         """Return float32 logits [..., V] of final hidden states [..., C]."""

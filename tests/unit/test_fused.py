@@ -84,17 +84,26 @@ class Session:
         order = torch.randperm(NUM_BLOCKS, generator=generator).view(4, per_sequence)
         self.blocks = [tuple(blocks) for blocks in order.tolist()]
 
-    @torch.inference_mode()
     def run(
         self, *parts: tuple[int, int, int], adapters: decoder.RowAdapters | None = None
     ) -> list[Tensor]:
         """Return logits of tokens [start, stop) of each (sequence, start, stop)."""
+        logits_TV = self.model.head(self.hidden(*parts, adapters=adapters))
+        return list(logits_TV.split([stop - start for _, start, stop in parts]))
+
+    @torch.inference_mode()
+    def hidden(
+        self,
+        *parts: tuple[int, int, int],
+        adapters: decoder.RowAdapters | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """Return h_TC of these tokens, or of wanted ones."""
         spans = [BlockSpan(self.blocks[s], start, stop - start) for s, start, stop in parts]
         tokens = torch.cat([self.tokens_ST[s, start:stop] for s, start, stop in parts])
         positions = torch.cat([torch.arange(start, stop) for _, start, stop in parts])
         attention = self.cache.attention(spans)
-        h_BTC = self.model.hidden(tokens[None], positions[None], attention, adapters)
-        return list(self.model.head(h_BTC[0]).split([span.length for span in spans]))
+        return self.model.hidden(tokens[None], positions[None], attention, adapters, wanted)[0]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -111,6 +120,28 @@ def test_fused_decoder_when_compared_to_the_plain_one_is_equal(
             # Where a row is rounded to int8, a difference in the last bit may become a step.
             limit = 1e-5 if recipe == "dense" else 0.02
             assert (found - expected).abs().max() < limit * expected.abs().max()
+
+
+@pytest.mark.parametrize("wanted", [[], [0], [3, 8, 9], list(range(10))])
+@pytest.mark.parametrize("recipe", ["int8", "mixed"])
+def test_fused_decoder_when_few_tokens_are_wanted_gives_their_rows_bitwise(
+    tmp_path: Path, recipe: str, wanted: list[int]
+) -> None:
+    write(tmp_path, config_of("llama"), RECIPES[recipe])
+    model = load(tmp_path)
+    fused = Session(FusedDecoder(model))
+    everything = fused.hidden((0, 0, 10))
+    found = fused.hidden((0, 0, 10), wanted=torch.tensor(wanted, dtype=torch.int64))
+    assert torch.equal(found, everything[wanted])
+    # What later tokens attend to is whole.
+    assert torch.equal(fused.hidden((0, 10, 12)), Session(fused.model).hidden((0, 0, 12))[10:])
+
+
+def test_fused_decoder_when_wanted_tokens_do_not_rise_says_so(tmp_path: Path) -> None:
+    write(tmp_path, config_of("llama"), RECIPES["int8"])
+    session = Session(FusedDecoder(load(tmp_path)))
+    with pytest.raises(AssertionError, match="must rise"):
+        session.hidden((0, 0, 4), wanted=torch.tensor([2, 1]))
 
 
 class Doubling:

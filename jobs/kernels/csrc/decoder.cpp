@@ -4,6 +4,8 @@
 // bitwise that of calling them one by one. One call instead of some two hundred leaves the other
 // threads of a serving process alone: each call from Python has to wait for the interpreter's lock
 // when it returns.
+#include <cstring>
+
 #include "attention.h"
 #include "elementwise.h"
 #include "products.h"
@@ -75,13 +77,17 @@ class PassRunner {
         : decoder_(decoder), pool_(pool), pass_(pass), space_(space), threads_(threads),
           rows_(pass.spans[pass.num_spans].first_row) {}
 
-    void run(const int64_t* tokens, float* out) const {
+    void run(const int64_t* tokens, const int64_t* wanted, int64_t num_wanted, float* out) {
         const int64_t width = decoder_.hidden_size;
         rs_embed(decoder_.embedding, static_cast<int32_t>(decoder_.is_embedding_half), tokens,
                  space_.h, rows_, width, threads_);
         for (int64_t layer = 0; layer < decoder_.num_layers; ++layer) {
-            attend(decoder_.layers[layer], layer);
-            transform(decoder_.layers[layer]);
+            const LayerWeights& weights = decoder_.layers[layer];
+            attend(weights, layer);
+            // Nothing attends to what comes out of the last layer.
+            if (layer + 1 == decoder_.num_layers) keep(wanted, num_wanted);
+            project(weights);
+            transform(weights);
         }
         rs_rms_norm(space_.h, decoder_.norm, out, rows_, width, width, eps(), threads_);
     }
@@ -105,6 +111,23 @@ class PassRunner {
         const Inputs inputs{space_.qkv, k,      k + k_width,    stride,         stride,
                             stride,     weights.q_norm, weights.k_norm, eps()};
         attend_paged(pool_, pass_, inputs, layer, space_.o, threads_);
+    }
+
+    // Go on with these rows alone.
+    void keep(const int64_t* wanted, int64_t num_wanted) {
+        const int64_t q_width = pool_.num_heads * pool_.head_dim;
+        for (int64_t row = 0; row < num_wanted; ++row) {  // wanted[row] >= row: they rise.
+            const auto move = [&](float* rows, int64_t width) {
+                std::memmove(rows + row * width, rows + wanted[row] * width, width * sizeof(float));
+            };
+            move(space_.h, decoder_.hidden_size);
+            move(space_.o, q_width);
+        }
+        rows_ = num_wanted;
+    }
+
+    void project(const LayerWeights& weights) const {
+        const int64_t q_width = pool_.num_heads * pool_.head_dim;
         if (weights.o.takes_int8()) {
             rs_quantize_rows(space_.o, space_.values, space_.row_scales, space_.sums, rows_,
                              q_width, q_width, threads_);
@@ -187,15 +210,17 @@ class PassRunner {
     const Pass& pass_;
     const Space& space_;
     const int threads_;
-    const int64_t rows_;
+    int64_t rows_;
 };
 
 }  // namespace
 }  // namespace rs
 
-// Write out [T, C], the hidden states after the final norm of the pass's tokens.
+// Write out [N, C], the hidden states after the final norm of the N wanted rows of the pass, which
+// rise; keys and values of all its tokens are written.
 RS_EXPORT void rs_decoder_pass(const rs::Decoder* decoder, const rs::Pool* pool,
                                const rs::Pass* pass, const rs::Space* space,
-                               const int64_t* tokens, float* out, int32_t threads) {
-    rs::PassRunner(*decoder, *pool, *pass, *space, threads).run(tokens, out);
+                               const int64_t* tokens, const int64_t* wanted, int64_t num_wanted,
+                               float* out, int32_t threads) {
+    rs::PassRunner(*decoder, *pool, *pass, *space, threads).run(tokens, wanted, num_wanted, out);
 }

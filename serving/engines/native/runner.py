@@ -34,8 +34,9 @@ class Model(Protocol):
         positions_BT: Tensor,
         attention: Attention,
         adapters: RowAdapters | None = None,
+        wanted_N: Tensor | None = None,  # noqa: N803
     ) -> Tensor:
-        """Return h_BTC after the final norm."""
+        """Return h_BTC after the final norm, or h_BNC of tokens at rising places."""
         ...
 
     def head(self, h: Tensor) -> Tensor:
@@ -87,8 +88,12 @@ def read(
     parts: Seq[Chunked],
     device: torch.device,
     adapters: RowAdapters | None = None,
+    wanted: Seq[int] | None = None,
 ) -> Tensor:
-    """Compute parts of sequences, write them into the cache and return their h_TC."""
+    """Compute parts of sequences, write them into the cache and return their h_TC.
+
+    With `wanted`, rising places of tokens, only these tokens' h_NC.
+    """
     tokens = [token for part in parts for token in part.tokens]
     positions = [at for p in parts for at in range(p.start, p.start + len(p.tokens))]
     attention = cache.attention(
@@ -96,7 +101,8 @@ def read(
     )
     tokens_BT = torch.tensor([tokens], device=device)
     positions_BT = torch.tensor([positions], device=device)
-    return model.hidden(tokens_BT, positions_BT, attention, adapters)[0]
+    wanted_N = None if wanted is None else torch.tensor(wanted, dtype=torch.int64, device=device)
+    return model.hidden(tokens_BT, positions_BT, attention, adapters, wanted_N)[0]
 
 
 class Runner:
@@ -124,16 +130,17 @@ class Runner:
         guesses = [[]] * len(pieces) if self._drafter is None else self._drafter.propose(pieces)
         parts = [_part(piece, guess) for piece, guess in zip(pieces, guesses, strict=True)]
         adapters = self._adapters_of(parts)
-        hidden_TC = None
+        rows = _sampled_rows(pieces, parts)
+        hidden_NC = None
         if self._replays is not None and adapters is None:
             hidden_TC = self._replays.run(parts)
-        if hidden_TC is None:
-            hidden_TC = read(self._model, self._cache, parts, self._device, adapters)
+            hidden_NC = None if hidden_TC is None else hidden_TC[rows]
+        if hidden_NC is None:
+            hidden_NC = read(self._model, self._cache, parts, self._device, adapters, rows)
         checked = [(p, guess) for p, guess in zip(pieces, guesses, strict=True) if p.is_last]
         if not checked:
             return []
-        rows = _sampled_rows(pieces, parts)
-        logits_NV = self._model.head(hidden_TC if len(rows) == len(hidden_TC) else hidden_TC[rows])
+        logits_NV = self._model.head(hidden_NC)
         return choose(logits_NV, checked)
 
     def _adapters_of(self, parts: Seq[Chunked]) -> RowAdapters | None:

@@ -72,9 +72,9 @@ class ModelDrafter:
 
     def _following(self, parts: Seq[Chunked]) -> list[int]:
         """Return the likeliest token after each part."""
-        hidden_TC = read(self._model, self._cache, parts, self._device)
         last_rows = [stop - 1 for stop in accumulate(len(part.tokens) for part in parts)]
-        token_ids: list[int] = self._model.head(hidden_TC[last_rows]).argmax(dim=-1).tolist()
+        hidden_NC = read(self._model, self._cache, parts, self._device, wanted=last_rows)
+        token_ids: list[int] = self._model.head(hidden_NC).argmax(dim=-1).tolist()
         return token_ids
 
 
