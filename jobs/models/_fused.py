@@ -86,7 +86,7 @@ class FusedDecoder:
         positions_BT: Tensor,
         attention: Attention,
         adapters: RowAdapters | None = None,
-        wanted_N: Tensor | None = None,  # noqa: N803
+        wanted_N: Tensor | None = None,
     ) -> Tensor:
         """Return float32 h_BTC after the final norm, for B = 1, or h_BNC of some tokens.
 

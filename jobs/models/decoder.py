@@ -76,7 +76,7 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         attention: Attention | None = None,
         adapters: RowAdapters | None = None,
-        wanted_N: Tensor | None = None,  # noqa: N803
+        wanted_N: Tensor | None = None,
     ) -> Tensor:
         """Return h_BTC after the final norm, for a caller that needs logits of few tokens.
 

@@ -34,7 +34,7 @@ class Model(Protocol):
         positions_BT: Tensor,
         attention: Attention,
         adapters: RowAdapters | None = None,
-        wanted_N: Tensor | None = None,  # noqa: N803
+        wanted_N: Tensor | None = None,
     ) -> Tensor:
         """Return h_BTC after the final norm, or h_BNC of tokens at rising places."""
         ...
