@@ -17,7 +17,9 @@ from jobs.kernels.block_cache import BlockCache
 from serving.engines.native.graphs import CudaRecorder, DecodeGraphs, GraphLimits, Recorder
 from serving.engines.native.runner import Chunked, read
 
-TOLERANCE = 0.05  # Largest difference over largest value: bfloat16 by two ways of attention.
+# Root mean square of differences over that of values. A graph starts the same kernels; the other
+# way of attention rounds differently, which rounding of activations to FP8 amplifies.
+SAME, ROUNDED = 0.01, 0.15
 _BLOCK_SIZE = 16
 _NUM_SEQUENCES, _NUM_BLOCKS = 5, 4
 _PROMPT_TOKENS, _STEPS = 20, 16
@@ -40,8 +42,8 @@ class _Held:
 def check(loaded: LoadedModel, place: Place) -> dict[str, Any]:
     """Decode a few tokens in three ways; raise EngineError where they disagree.
 
-    Replayed, with the same operators one by one (equal to the bit), and with the attention of
-    passes that hold prompts too (equal to rounding).
+    Replayed, with the same operators one by one, and with the attention of passes that hold prompts
+    too, which is equal to rounding.
     """
     is_cuda = place.device.type == "cuda"
     replayed_TC, failure = _decode(
@@ -54,15 +56,22 @@ def check(loaded: LoadedModel, place: Place) -> dict[str, Any]:
         raise EngineError(f"a decode pass cannot be recorded: {failure}")
     if not bool(torch.isfinite(logits_TV).all()):
         raise EngineError("the model computes values that are not finite.")
-    if not torch.equal(replayed_TC, again_TC):
-        raise EngineError("a replayed pass differs from the same operators one by one.")
-    difference = float((replayed_TC - plain_TC).abs().max() / plain_TC.abs().max())
-    if not difference <= TOLERANCE:
-        raise EngineError(
-            f"a decode pass differs from a plain one by {difference:.3f} of the largest value; "
-            f"{TOLERANCE} is rounding."
-        )
-    return {"largest_difference": difference, "recorded_by": "CUDA" if is_cuda else "nothing"}
+    differences = {
+        "to_same_operators": (_difference(replayed_TC, again_TC), SAME),
+        "to_plain_pass": (_difference(replayed_TC, plain_TC), ROUNDED),
+    }
+    for what, (found, limit) in differences.items():
+        if not found <= limit:
+            raise EngineError(f"a decode pass differs by {found:.3f} {what}; {limit} is allowed.")
+    return {
+        "recorded_by": "CUDA graphs" if is_cuda else "nothing",
+        "is_equal_to_the_bit": torch.equal(replayed_TC, again_TC),
+        **{f"difference_{what}": found for what, (found, _) in differences.items()},
+    }
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 def _decode(

@@ -98,13 +98,20 @@ class Ours:
 class Theirs:
     """`generate_batch` of a transformers model, its manager kept from run to run."""
 
-    def __init__(self, model: Any, place: Place, batch: int, max_len: int) -> None:
+    def __init__(
+        self, model: Any, place: Place, batch: int, max_len: int, *, may_use_flash: bool = True
+    ) -> None:
+        """Take a model; without `may_use_flash` it keeps to PyTorch's attention.
+
+        Flash attention is a package of its own, or is fetched from the hub, which may not be there.
+        """
         self._model = model
+        options: dict[str, Any] = {} if may_use_flash else {"auto_switch_to_flash": False}
         # On a GPU it finds the best sizes itself; on a CPU it would ask for most of the memory.
-        self._config = ContinuousBatchingConfig()
         if place.device.type == "cpu":
             pages = batch * -(-max_len // _PAGE_TOKENS) + 1
-            self._config = ContinuousBatchingConfig(num_blocks=pages, max_batch_tokens=_PASS_TOKENS)
+            options |= {"num_blocks": pages, "max_batch_tokens": _PASS_TOKENS}
+        self._config = ContinuousBatchingConfig(**options)
 
     def describe(self) -> str:
         """Return which attention it chose."""

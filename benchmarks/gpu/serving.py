@@ -44,6 +44,7 @@ class Plan:
     place: Place
     batches: tuple[int, ...]
     rounds: int
+    may_peer_use_flash: bool = True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,7 +128,9 @@ def _measure_theirs(plan: Plan) -> dict[str, Any]:
             plan,
             batch,
             weight_bytes,
-            lambda batch=batch: Theirs(model, plan.place, batch, _MAX_LEN),
+            lambda batch=batch: Theirs(
+                model, plan.place, batch, _MAX_LEN, may_use_flash=plan.may_peer_use_flash
+            ),
         )
     return found
 
@@ -230,6 +233,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--peer-attention",
+        choices=("auto", "sdpa"),
+        default="auto",
+        help="auto: flash attention where transformers finds it; sdpa: PyTorch's",
+    )
     return parser.parse_args(argv)
 
 
@@ -243,7 +252,13 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     is_cuda = arguments.device == "cuda"
     place = Place(torch.device(arguments.device), torch.bfloat16 if is_cuda else torch.float32)
     batches = cast("list[int]", arguments.batches)
-    return Plan(SHAPES[arguments.shape], place, tuple(batches), arguments.rounds)
+    return Plan(
+        SHAPES[arguments.shape],
+        place,
+        tuple(batches),
+        arguments.rounds,
+        may_peer_use_flash=arguments.peer_attention == "auto",
+    )
 
 
 if __name__ == "__main__":
