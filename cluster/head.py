@@ -64,6 +64,9 @@ def head_environment(session: Session) -> dict[str, str]:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
         # How often replicas tell Ray Serve their load; the default is 10 s.
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        # Replicas and training workers are what the machine is for; the default is 15, behind every
+        # other process, and a product that waits for one of its threads is late by its whole turn.
+        "RAY_worker_niceness": "0",
         # A local head has no traffic to move elsewhere; the default waits 30 s for that.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }

@@ -8,6 +8,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Iterable
 
 import psutil
 
@@ -36,6 +37,24 @@ def pick_port(port: int, what: str, option: str) -> int:
                 f"Stop what listens there, or set `{option}` to another port (0: any free one)."
             ) from None
     return port
+
+
+def pick_ports(wanted: Iterable[tuple[int, str, str]]) -> list[int]:
+    """Return a port for each (port, what, option), no two alike; see `pick_port`.
+
+    Raises ConfigError where two options name the same port.
+    """
+    picked: dict[int, str] = {}
+    for port, what, option in wanted:
+        if port in picked:
+            raise ConfigError(
+                f"`{picked[port]}` and `{option}` are both {port}: give each a port of its own."
+            )
+        free = pick_port(port, what, option)
+        while free in picked:  # What was found free before is not taken yet.
+            free = pick_port(port, what, option)
+        picked[free] = option
+    return list(picked)
 
 
 def is_listening(address: str, timeout_s: float = 2.0) -> bool:

@@ -180,9 +180,13 @@ def _adopt(session: Session) -> None:
 
 
 def _draft(config: HeadConfig) -> Session:
-    gcs_port = processes.pick_port(config.gcs_port, "the Ray head", "gcs_port")
-    dashboard_port = processes.pick_port(config.dashboard_port, "the dashboard", "dashboard_port")
-    serve_port = processes.pick_port(config.serve_port, "Ray Serve", "serve_port")
+    gcs_port, dashboard_port, serve_port = processes.pick_ports(
+        (
+            (config.gcs_port, "the Ray head", "gcs_port"),
+            (config.dashboard_port, "the dashboard", "dashboard_port"),
+            (config.serve_port, "Ray Serve", "serve_port"),
+        )
+    )
     # Unix socket paths end at 107 bytes (Linux) or 103 (macOS), and Ray adds about 70 to its
     # folder, so the short /tmp is used rather than $TMPDIR.
     base = "/tmp" if Path("/tmp").is_dir() else None

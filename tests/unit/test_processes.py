@@ -41,6 +41,21 @@ def test_pick_port_when_zero_returns_a_free_one() -> None:
     assert processes.pick_port(port, "a test", "port") == port
 
 
+def test_pick_ports_when_one_is_found_free_twice_takes_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = iter([5001, 5001, 5002])
+    monkeypatch.setattr(processes, "pick_port", lambda port, what, option: next(found))
+    wanted = [(0, "a test", "first"), (0, "a test", "second")]
+    assert processes.pick_ports(wanted) == [5001, 5002]
+
+
+def test_pick_ports_when_two_options_name_one_port_names_both() -> None:
+    port = processes.pick_port(0, "a test", "port")
+    with pytest.raises(ConfigError, match=f"`first` and `second` are both {port}"):
+        processes.pick_ports([(port, "a test", "first"), (port, "a test", "second")])
+
+
 def test_pick_port_when_out_of_range_is_refused() -> None:
     with pytest.raises(ConfigError, match="70000"):
         processes.pick_port(70000, "a test", "port")
