@@ -120,5 +120,11 @@ def operator(
 ) -> Operator:
     """Return an operator that runs by its in-place form."""
     return Operator(
-        name, scheme, refuses, pack, functools.partial(run, in_place=in_place), in_place
+        name,
+        scheme,
+        refuses,
+        pack,
+        functools.partial(run, in_place=in_place),
+        in_place,
+        has_exact_rows=True,
     )

@@ -54,7 +54,8 @@ class Operator:
 
     `pack` turns a weight (a plain tensor for bf16) into this operator's own tensors, which are all
     that is kept; `run(x_NI, packed, bias_O, problem)` gives y_NO in x's dtype; `refuses` gives the
-    reason why a problem is beyond it, or None.
+    reason why a problem is beyond it, or None. `has_exact_rows`: a row's result has the same bits
+    whatever rows it is computed with, and however many.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Operator:
     pack: Callable[[Weight, Problem], Packed]
     run: Callable[[Tensor, Packed, Tensor | None, Problem], Tensor]
     in_place: InPlace | None = None
+    has_exact_rows: bool = False
 
 
 def quantized(weight: Weight) -> QuantizedWeight:

@@ -3,8 +3,10 @@
 Takes a format, a shape, a type and a device; gives the operator that is right and fastest there,
 by a short measurement that is remembered. It does not know about models or modules.
 
-Every operator agrees with formats.reference_linear, and a row's result does not depend on the
-other rows. That excludes `quantized::linear_dynamic`, which scales activations by the whole batch.
+Every operator agrees with formats.reference_linear, and but for its last bits a row's result does
+not depend on the other rows. That excludes `quantized::linear_dynamic`, which scales activations by
+the whole batch. Where the preferred operator keeps the last bits too, only such operators are chosen
+from: an answer shall not depend on who else is answered.
 """
 
 import functools
@@ -79,7 +81,8 @@ def choose(
 
     The time is the geometric mean of the shortest at 1 and 32 rows; of near ties the first in the
     order of preference is taken, and an only choice is not timed. An operator whose result is off
-    by more than `TOLERANCE` at 1, 5 or 32 rows is refused. The answer is kept in the user's cache,
+    by more than `TOLERANCE` at 1, 5 or 32 rows is refused, and so is one whose rows are not exact
+    (see `Operator`) behind one whose rows are. The answer is kept in the user's cache,
     per number of threads, for the same CPU and builds.
     """
     if scheme in GROUPED:
@@ -103,17 +106,21 @@ def _measure(problem: Problem) -> Choice:
     weight, x_NI, expected_NO = _probe(problem)
     right: dict[str, list[Callable[[], Tensor]]] = {}
     refused: dict[str, str] = {}
+    has_exact_rows = False
     for operator in _OPERATORS:
         # The plain arithmetic comes last, and is for where nothing else is right.
         if operator.scheme != problem.layout.scheme or (right and operator.name == _PLAIN):
             continue
         reason = operator.refuses(problem)
+        if reason is None and has_exact_rows and not operator.has_exact_rows:
+            reason = "the last bits of a row depend on the rows beside it"
         if reason is None:
             packed = operator.pack(weight, problem)
             reason = _wrong(operator, packed, problem, x_NI, expected_NO)
         if reason is not None:
             refused[operator.name] = reason
             continue
+        has_exact_rows |= operator.has_exact_rows  # Those that have come first.
         right[operator.name] = [
             functools.partial(operator.run, x_NI[:rows], packed, None, problem)
             for rows in _TIMED_ROWS

@@ -140,6 +140,6 @@ def _run_reference(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem:
 OPERATORS = (
     blocks.operator("vnni", "w8a8", _refuses_vnni, _pack_vnni, _in_place),
     Operator("zentorch", "w8a8", _refuses_zentorch, _pack_zentorch, _run_zentorch),
-    Operator("int_mm", "w8a8", _refuses_int_mm, _pack_int_mm, _run_int_mm),
+    Operator("int_mm", "w8a8", _refuses_int_mm, _pack_int_mm, _run_int_mm, has_exact_rows=True),
     Operator("reference", "w8a8", never_refuses, _pack_reference, _run_reference),
 )

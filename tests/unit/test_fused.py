@@ -13,7 +13,6 @@ from jobs.compression.recipe import apply_recipe
 from jobs.config import DecoderConfig, Recipe, RopeScaling, Step
 from jobs.kernels import native
 from jobs.kernels.block_cache import BlockCache, BlockSpan
-from jobs.kernels.linear import DenseLinear, build_linear
 from jobs.models import decoder
 from jobs.models._fused import FusedDecoder
 
@@ -60,14 +59,8 @@ def write(directory: Path, config: DecoderConfig, recipe: Recipe) -> Path:
 
 
 def load(directory: Path) -> decoder.Decoder:
-    """Read a model, with dense layers on the operator that is fastest at sizes of real models."""
-    model = load_model(directory, verify=False).model
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, DenseLinear) and name != "lm_head":
-            weight_OI = layer.packed[0].to(torch.bfloat16)
-            built = build_linear(weight_OI, layer.bias, dtype=torch.float32, operator="avx512")
-            model.set_submodule(name, built)
-    return model
+    """Read a model."""
+    return load_model(directory, verify=False).model
 
 
 class Session:

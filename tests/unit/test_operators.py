@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import EngineError
+from jobs.kernels import native
 from jobs.kernels.formats import (
     CHANNELED,
     Layout,
@@ -167,3 +168,15 @@ def test_operators_when_on_cuda_equal_the_reference(scheme: str, shape: tuple[in
             x_NI = make_rows(rows, shape[1], torch.bfloat16)
             y_NO = layer(x_NI.cuda()).cpu()
             assert error_of(y_NO, reference_linear(x_NI.float(), weight)) <= 1e-2, operator
+
+
+@pytest.mark.skipif(not native.is_available(), reason=f"no kernels: {native.why_unavailable()}")
+@pytest.mark.parametrize("scheme", ["bf16", "w8a8", "w4a16", "w4a8"])
+@pytest.mark.parametrize("out_features", [64, 1024])
+def test_choose_when_an_operator_keeps_the_bits_of_rows_takes_such_a_one(
+    scheme: str, out_features: int
+) -> None:
+    layout = Layout("bf16") if scheme == "bf16" else layout_of(scheme, 64)
+    choice = choose(layout.scheme, out_features, 64, torch.float32, group_size=layout.group_size)
+    problem = Problem(layout, out_features, 64, torch.float32, torch.device("cpu"))
+    assert find(choice.operator, problem).has_exact_rows

@@ -109,8 +109,8 @@ struct Prefetch {
     int64_t advance;
 
     void step() {
-        _mm_prefetch(at, _MM_HINT_T0);
-        _mm_prefetch(at + second, _MM_HINT_T0);
+        _mm_prefetch(at, _MM_HINT_T1);
+        _mm_prefetch(at + second, _MM_HINT_T1);
         at += advance;
     }
 };
