@@ -29,12 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    plots = arguments.plots or arguments.json.parent
     document = document_of("Serving beside the engines people would pick instead", "serving", given)
     try:
         for name in arguments.only or SECTIONS:
             say(f"== {name}")
             with ExitStack() as stack:
-                document |= SECTIONS[name](Bench(stack, arguments.rounds, arguments.plots, say))
+                document |= SECTIONS[name](Bench(stack, arguments.rounds, plots, say))
             write_json(arguments.json, document)
     except RaysmithError as error:
         console.print(f"error: {error.message}", markup=False, soft_wrap=True)

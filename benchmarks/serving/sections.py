@@ -57,7 +57,7 @@ class Bench:
 
     stack: ExitStack
     rounds: int
-    plots: Path | None
+    plots: Path
     say: Callable[[str], None]
 
     def service(self) -> Service:
@@ -117,8 +117,7 @@ def _sweep(bench: Bench) -> Section:
             process = Process(interpreter(peer.module), peer.module, arguments, log)
             contenders[peer.name] = bench.stack.enter_context(process)
     found = sweep.measure(contenders, REFERENCE.vocab_size, bench.say)
-    if bench.plots is not None:
-        sweep.plot(found, bench.plots / "goodput.png")
+    sweep.plot(found, bench.plots / "goodput.png")
     return {"sweep": found}
 
 

@@ -13,6 +13,7 @@ from tiny_models import publish
 from cluster.errors import ModelFormatError, PlacementError
 from jobs.config import DecoderConfig
 from jobs.evaluation.quality import greedy_reference
+from jobs.kernels import native
 from jobs.kernels.block_cache import BlockCache
 from jobs.models.decoder import build, save
 from serving.engines._protocol import GenerateRequest
@@ -132,5 +133,6 @@ def test_create_when_loaded_says_what_runs_on_which_operator(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="serving.engines.native"):
         create(tmp_path, {"max_len": 32}).close()
     (record,) = (r for r in caplog.records if r.name.endswith("native.loading"))
-    assert "15 x bf16 on dense" in record.getMessage()
+    operator = "avx512" if native.is_available() else "dense"
+    assert f"15 x bf16 on {operator}" in record.getMessage()
     assert "decoding: operator by operator" in record.getMessage()
