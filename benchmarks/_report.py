@@ -174,9 +174,16 @@ def _has_affinity() -> bool:
 
 
 def _cpu_name() -> str:
+    """Return the CPU's name; with family and model, since machines for rent do not say more."""
     path = Path("/proc/cpuinfo")
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        first = path.read_text(encoding="utf-8").partition("\n\n")[0]
+        fields = dict(
+            (part.strip() for part in line.split(":", 1))
+            for line in first.splitlines()
+            if ":" in line
+        )
+        if name := fields.get("model name"):
+            numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
+            return f"{name} ({', '.join(numbers)})" if numbers else name
     return platform.processor() or platform.machine()

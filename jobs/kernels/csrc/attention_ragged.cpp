@@ -57,7 +57,9 @@ struct Head {
                     sums[r] = _mm512_fmadd_ps(query, key, sums[r]);
                 }
             }
-            for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(scores + r * padded_length + j, sums[r]);
+            for (int r = 0; r < kRows; ++r) {
+                _mm512_storeu_ps(scores + r * padded_length + j, sums[r]);
+            }
         }
         for (int r = 0; r < kRows; ++r) inverse[r] = weigh(scores + r * padded_length);
     }
@@ -132,15 +134,15 @@ void attend_head(const T* q, const T* k, const T* v, T* out, int64_t length, int
 }
 
 template <class T>
-void attend_all(const T* q, const T* k, const T* v, T* out, const int64_t* starts, int64_t sequences,
-                int64_t heads, int64_t dim, int64_t stride, int threads) {
+void attend_all(const T* q, const T* k, const T* v, T* out, const int64_t* starts,
+                int64_t sequences, int64_t heads, int64_t dim, int64_t stride, int threads) {
     const int64_t out_stride = heads * dim;
     parallel_tasks(sequences * heads, threads, [&](int64_t task) {
         const int64_t sequence = task / heads, head = task % heads;
         const int64_t first = starts[sequence], length = starts[sequence + 1] - first;
         const int64_t from = first * stride + head * dim;
-        attend_head(q + from, k + from, v + from, out + first * out_stride + head * dim, length, dim,
-                    stride, out_stride);
+        T* const to = out + first * out_stride + head * dim;
+        attend_head(q + from, k + from, v + from, to, length, dim, stride, out_stride);
     });
 }
 

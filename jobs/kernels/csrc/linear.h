@@ -102,7 +102,8 @@ struct Output {
 
 // Fetches weights while others are multiplied: a tile calls step() once for every kStep bytes that
 // it reads. The hardware's own prefetching does not reach far enough ahead of one pass, and stops
-// when a block is read again for more rows, so that the next block would begin with a wait.
+// when a block is read again for more rows, so that the next block would begin with a wait. They go
+// to the second cache: the first holds the block that is still read.
 struct Prefetch {
     const char* at;
     int64_t second;
@@ -125,8 +126,8 @@ inline Prefetch prefetch_for(const uint8_t* weights, int64_t block_bytes, int64_
     return {here, 0, 0};
 }
 
-// Compute all rows of all blocks, a block right behind the one that gates it. Kernel has `kMaxRows`,
-// `out`, `weights(block)`, `block_bytes` and `tile<rows>(row, block, prefetch)`.
+// Compute all rows of all blocks, a block right behind the one that gates it. Kernel has
+// `kMaxRows`, `out`, `weights(block)`, `block_bytes` and `tile<rows>(row, block, prefetch)`.
 template <class Kernel, size_t... Rows>
 void run_tiles(const Kernel& kernel, int64_t rows, int64_t blocks, int threads,
                std::index_sequence<Rows...>) {
@@ -169,9 +170,10 @@ inline __m512i broadcast4(const int8_t* bytes) {
     return _mm512_set1_epi32(value);
 }
 
-// Reads R rows that lie `stride` bytes apart, 4 bytes of each at a time. One pointer serves three rows, at none, one
-// and two strides, which addresses express for free. The compiler must not know how the pointers are
-// related: it would keep one, and the rows' distances from it in more registers than there are.
+// Reads R rows that lie `stride` bytes apart, 4 bytes of each at a time. One pointer serves three
+// rows, at none, one and two strides, which addresses express for free. The compiler must not know
+// how the pointers are related: it would keep one, and the rows' distances from it in more
+// registers than there are.
 template <int R>
 class RowReader {
   public:

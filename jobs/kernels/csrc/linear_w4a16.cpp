@@ -23,7 +23,8 @@ struct W4A16 {
     template <int R>
     void tile(int64_t row, int64_t block, Prefetch prefetch) const {
         // What the four low bits of a lane stand for; vpermps ignores the others.
-        const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+        const __m512 values =
+            _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
         __m512 totals[R][kVectors];
         RS_UNROLL for (int r = 0; r < R; ++r) {
             out.fetch(row + r, block);
@@ -51,7 +52,8 @@ struct W4A16 {
                     const int chain = i % kChains;
                     __m512 weight[kVectors];
                     RS_UNROLL for (int v = 0; v < kVectors; ++v) {
-                        weight[v] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes[v], 4 * i), values);
+                        const __m512i nibbles = _mm512_srli_epi32(bytes[v], 4 * i);
+                        weight[v] = _mm512_permutexvar_ps(nibbles, values);
                     }
                     RS_UNROLL for (int r = 0; r < R; ++r) {
                         const __m512 input =

@@ -66,7 +66,9 @@ inline void quantize_row(int64_t inputs, const Load& load, int8_t* values, float
 // The same for a row in memory.
 inline void quantize_row(int64_t inputs, const float* x, int8_t* values, float* scale,
                          int32_t* sums) {
-    const auto load = [=](int64_t i) { return _mm512_maskz_loadu_ps(first_lanes(inputs - i), x + i); };
+    const auto load = [=](int64_t i) {
+        return _mm512_maskz_loadu_ps(first_lanes(inputs - i), x + i);
+    };
     quantize_row(inputs, load, values, scale, sums);
 }
 
