@@ -70,10 +70,10 @@ class GatewayDeployment:
     def __del__(self) -> None:
         """Let answers end, then stop, as Ray Serve asks for."""
         if hasattr(self, "_http"):  # Not if the constructor failed.
-            self._thread.run(self._http.stop(self._drain_s))
-            self._thread.run(self._accounts.aclose())  # After the last answer is charged.
-            self._thread.run(self._fleet.close())
-            self._thread.stop()
+            try:
+                self._thread.run(stop(self._http, self._accounts, self._fleet, self._drain_s))
+            finally:
+                self._thread.stop()
 
 
 async def wake(route: Route) -> None:
@@ -83,6 +83,17 @@ async def wake(route: Route) -> None:
         await handle.wake.remote()
     except RayServeException as error:
         raise ClusterError(f"application `{route.application}` is not deployed: {error}") from error
+
+
+async def stop(http: HttpServer, accounts: LedgerAccounts, fleet: Fleet, drain_s: float) -> None:
+    """Let answers end, then close each of these, even where one before it failed."""
+    try:
+        await http.stop(drain_s)
+    finally:
+        try:
+            await accounts.aclose()  # After the last answer is charged.
+        finally:
+            await fleet.close()
 
 
 async def _start(
