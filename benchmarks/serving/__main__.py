@@ -13,6 +13,7 @@ from rich.console import Console
 
 from benchmarks._report import document_of
 from benchmarks.serving import quick
+from benchmarks.serving.peers import CASES, Case
 from benchmarks.serving.sections import SECTIONS, Bench
 from cluster.errors import RaysmithError
 from cluster.storage import write_json
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in arguments.only or SECTIONS:
             say(f"== {name}")
             with ExitStack() as stack:
-                document |= SECTIONS[name](Bench(stack, arguments.rounds, plots, say))
+                bench = Bench(stack, arguments.rounds, arguments.cases, plots, say)
+                document |= SECTIONS[name](bench)
             write_json(arguments.json, document)
     except RaysmithError as error:
         console.print(f"error: {error.message}", markup=False, soft_wrap=True)
@@ -49,6 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="report's file")
     parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), help="sections to run")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every contender")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        type=Case.parse,
+        default=CASES,
+        metavar="N/IN/OUT",
+        help="what `peers` asks: requests at once, tokens of prompt and answer; unset: all",
+    )
     parser.add_argument("--plots", type=Path, help="folder of plots; unset: beside the report")
     return parser
 

@@ -48,6 +48,12 @@ class Case:
     prompt_tokens: int
     new_tokens: int
 
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        """Read `n/prompt/answer`. Raises ValueError."""
+        num_requests, prompt_tokens, new_tokens = map(int, text.split("/"))
+        return cls(num_requests, prompt_tokens, new_tokens)
+
     @property
     def name(self) -> str:
         """A name that says all of it."""
@@ -110,7 +116,7 @@ def _figures(runs: Sequence[Answers]) -> dict[str, Any]:
 
 
 def ratios(engines: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return this project's rate over the best peer's, for each figure that is claimed."""
+    """Return this project's rate over the best peer's, for each claimed figure that was taken."""
     bits = {peer.name: peer.bits for peer in PEERS}
 
     def ratio(ours: str, case: str, peers: Sequence[str]) -> float:
@@ -118,14 +124,14 @@ def ratios(engines: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         return float(engines[ours][case]["tokens_per_s"] / best)
 
     peers = [name for name in engines if name in bits]
-    main = {count: Case(count, 128, 64).name for count in (1, 16, 32)}
+    claims = {
+        "batch32_vs_best_peer": (32, "w8a8", peers),
+        "batch16_vs_best_peer": (16, "w8a8", peers),
+        "batch1_int8_vs_best_peer": (1, "w8a8", [name for name in peers if bits[name] == 8]),
+        "batch1_int4_vs_best_peer": (1, "w4a8", [name for name in peers if bits[name] == 4]),
+    }
     return {
-        "batch32_vs_best_peer": ratio(f"{OURS}-w8a8", main[32], peers),
-        "batch16_vs_best_peer": ratio(f"{OURS}-w8a8", main[16], peers),
-        "batch1_int8_vs_best_peer": ratio(
-            f"{OURS}-w8a8", main[1], [name for name in peers if bits[name] == 8]
-        ),
-        "batch1_int4_vs_best_peer": ratio(
-            f"{OURS}-w4a8", main[1], [name for name in peers if bits[name] == 4]
-        ),
+        claim: ratio(f"{OURS}-{scheme}", case, among)
+        for claim, (count, scheme, among) in claims.items()
+        if (case := Case(count, 128, 64).name) in engines[f"{OURS}-{scheme}"]
     }

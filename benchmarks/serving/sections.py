@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,7 @@ class Bench:
 
     stack: ExitStack
     rounds: int
+    cases: Sequence[peers.Case]
     plots: Path
     say: Callable[[str], None]
 
@@ -88,7 +89,7 @@ def _peers(bench: Bench) -> Section:
     }
     for peer in peers.PEERS:
         contenders[peer.name] = peers.start_peer(bench.stack, peer, models)
-    engines = peers.compare(contenders, peers.CASES, REFERENCE.vocab_size, bench.rounds, bench.say)
+    engines = peers.compare(contenders, bench.cases, REFERENCE.vocab_size, bench.rounds, bench.say)
     ratios = peers.ratios(engines)
     for name, ratio in ratios.items():
         bench.say(f"{name} {ratio:.2f}")
