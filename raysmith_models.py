@@ -84,7 +84,12 @@ def promote_model(
 ) -> int:
     """Point name@production to a version; with --canary let it take over what is served, too."""
     if canary is None:
-        return _change_alias(reference, registry, lambda r, name, version: r.promote(name, version))
+
+        def change(registry: Any, name: str, version: str) -> Any:
+            _refuse_without_canary(overrides, wait=wait)
+            return registry.promote(name, version)
+
+        return _change_alias(reference, registry, change)
     from jobs.submit import submit_job
 
     outcome: list[int] = []
@@ -114,10 +119,13 @@ def serve(
         str | None, typer.Option(help="Ledger of teams and keys; unset: RAYSMITH_LEDGER, or yours.")
     ] = None,
     registry: RegistryRoot = "runs/registry",
-    replicas: Annotated[int, typer.Option(min=1, help="Replicas of the engine.")] = 1,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Replicas of the engine, a fixed number; unset: 1.")
+    ] = None,
     min_replicas: Annotated[
-        int, typer.Option(min=0, help="Fewest replicas where they scale; 0: none while idle.")
-    ] = 1,
+        int | None,
+        typer.Option(min=0, help="Fewest replicas where they scale; 0: none while idle; unset: 1."),
+    ] = None,
     max_replicas: Annotated[
         int | None, typer.Option(min=1, help="Most replicas; unset: their number is fixed.")
     ] = None,
@@ -129,16 +137,12 @@ def serve(
     from jobs.deploy import deploy
 
     def action() -> None:
-        session = find_session(name)
-        scaling = None
-        if max_replicas is not None:
-            scaling = {"min_replicas": min_replicas, "max_replicas": max_replicas}
         values = {
             "model": model,
             "ledger": ledger,
-            "num_replicas": replicas,
-            "scaling": scaling,
+            **_replica_values(replicas, min_replicas, max_replicas),
         }
+        session = find_session(name)
         config = parse_config(DeployConfig, values, "raysmith serve")
         entry = deploy(config, registry, serve_api(session))
         Console().print(f"{entry.reference} answers at {session.serve_url}/v1")
@@ -155,6 +159,36 @@ def _change_alias(reference: str, root: str, change: Callable[[Any, str, str], A
         Console().print(f"{name}@production is now {entry.reference}")
 
     return guard(action)
+
+
+def _replica_values(
+    replicas: int | None, min_replicas: int | None, max_replicas: int | None
+) -> dict[str, Any]:
+    """Return `num_replicas` or `scaling` of a deployment. Raises ConfigError for half of either."""
+    if max_replicas is None:
+        if min_replicas is not None:
+            raise ConfigError(
+                f"`--min-replicas` = {min_replicas} needs `--max-replicas`: without it the number "
+                "of replicas is fixed. Add `--max-replicas`, or give `--replicas` instead."
+            )
+        return {"num_replicas": replicas or 1}
+    if replicas is not None:
+        raise ConfigError(
+            f"`--replicas` = {replicas} contradicts `--max-replicas` = {max_replicas}: their "
+            "number is fixed or follows the load. Leave one out."
+        )
+    fewest = 1 if min_replicas is None else min_replicas
+    return {"scaling": {"min_replicas": fewest, "max_replicas": max_replicas}}
+
+
+def _refuse_without_canary(overrides: list[str] | None, *, wait: bool) -> None:
+    """Raise ConfigError for an option of a rollout where there is none."""
+    given = [*(["--set"] if overrides else []), *([] if wait else ["--no-wait"])]
+    if given:
+        raise ConfigError(
+            f"`{given[0]}` needs `--canary`: without it only the alias changes, at once. Add "
+            f"`--canary 10%`, or leave `{given[0]}` out."
+        )
 
 
 def _parts(reference: str) -> tuple[str, str]:

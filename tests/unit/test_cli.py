@@ -44,6 +44,10 @@ def test_plan_when_asked_for_json_prints_the_items(capsys):
         (["models", "promote", "tiny"], "Give name@version"),
         (["models", "promote", "tiny@1"], "tiny"),
         (["serve", "tiny@production"], "no session `default`"),
+        (["serve", "tiny@1", "--min-replicas", "0"], "needs `--max-replicas`"),
+        (["serve", "tiny@1", "--replicas", "2", "--max-replicas", "3"], "`--replicas` = 2"),
+        (["models", "promote", "tiny@1", "--no-wait"], "`--no-wait` needs `--canary`"),
+        (["models", "promote", "tiny@1", "--set", "a=1"], "`--set` needs `--canary`"),
         (["search", "--set", "name=s", "--set", "model=nowhere", "--set", "data=d"], "nowhere"),
         (["bogus"], "bogus"),
         (["plan", "--bogus"], "--bogus"),
@@ -67,6 +71,8 @@ def test_command_when_input_is_wrong_names_it_and_the_remedy(
         ["submit", "trane"],
         ["up", "--num-cpus", "0"],
         ["models", "promote", "tiny"],
+        ["models", "promote", "tiny@1", "--no-wait"],
+        ["serve", "tiny@1", "--min-replicas", "0"],
     ],
 )
 def test_command_when_input_is_wrong_exits_with_2(arguments: list[str]):
