@@ -18,6 +18,8 @@ from serving.replica_server import ReplicaAddress
 
 HEARTBEAT_S = 1.0
 EXPIRY_S = 5.0
+# Longer than rollouts watch: what a gateway counted before it was replaced tells of the version.
+OUTCOMES_EXPIRY_S = 3600.0
 
 
 class ReplicaEntry(Message, frozen=True):
@@ -68,9 +70,14 @@ class DirectoryState:
     def note_outcomes(self, gateway: str, outcomes: Mapping[str, Outcomes], now_s: float) -> None:
         """Note how requests to each version ended at one gateway, in all since it started."""
         self._outcomes[gateway] = outcomes, now_s
+        self._forget_outcomes(now_s)
 
-    def outcomes(self) -> dict[str, dict[str, Outcomes]]:
-        """Return what every gateway said last, by gateway and version."""
+    def outcomes(self, now_s: float) -> dict[str, dict[str, Outcomes]]:
+        """Return what every gateway said last, by gateway and version, and forget old reports.
+
+        A gateway that reports again comes back with all it has counted.
+        """
+        self._forget_outcomes(now_s)
         return {gateway: dict(said) for gateway, (said, _) in self._outcomes.items()}
 
     def renew_lease(self, lease: str, ttl_s: float, now_s: float) -> None:
@@ -95,6 +102,12 @@ class DirectoryState:
         self.revision += bool(gone or ended)
         entries = tuple(entry for entry, _ in self._entries.values())
         return Snapshot(self.revision, entries, tuple(self._leases))
+
+    def _forget_outcomes(self, now_s: float) -> None:
+        said = self._outcomes.items()
+        old = [gateway for gateway, (_, at_s) in said if now_s - at_s > OUTCOMES_EXPIRY_S]
+        for gateway in old:
+            del self._outcomes[gateway]
 
 
 class Directory(Protocol):
@@ -153,7 +166,7 @@ class LocalDirectory:
 
     async def outcomes(self) -> dict[str, dict[str, Outcomes]]:
         """Return what every gateway said last, by gateway and version."""
-        return self._state.outcomes()
+        return self._state.outcomes(time.monotonic())
 
     async def renew_lease(self, lease: str, ttl_s: float) -> None:
         """Keep a lease alive for some time from now."""

@@ -2,7 +2,7 @@ import asyncio
 
 import msgspec
 
-from serving.directory import DirectoryState, LocalDirectory, ReplicaEntry
+from serving.directory import OUTCOMES_EXPIRY_S, DirectoryState, LocalDirectory, ReplicaEntry
 from serving.engines._protocol import EngineStats
 from serving.outcomes import Outcomes
 from serving.replica_server import ReplicaAddress
@@ -50,7 +50,17 @@ def test_outcomes_when_gateways_report_are_kept_apart():
     state.note_outcomes("a", {"tiny@1": Outcomes(3)}, 0.0)
     state.note_outcomes("b", {"tiny@1": Outcomes(4)}, 0.0)
     state.note_outcomes("a", {"tiny@1": Outcomes(5)}, 1.0)
-    assert state.outcomes() == {"a": {"tiny@1": Outcomes(5)}, "b": {"tiny@1": Outcomes(4)}}
+    assert state.outcomes(1.0) == {"a": {"tiny@1": Outcomes(5)}, "b": {"tiny@1": Outcomes(4)}}
+
+
+def test_outcomes_when_a_gateway_is_silent_for_long_are_forgotten_until_it_reports_again():
+    state = DirectoryState()
+    state.note_outcomes("a", {"tiny@1": Outcomes(3)}, 0.0)
+    state.note_outcomes("b", {"tiny@1": Outcomes(4)}, 9.0)
+    assert set(state.outcomes(OUTCOMES_EXPIRY_S)) == {"a", "b"}
+    assert set(state.outcomes(OUTCOMES_EXPIRY_S + 1)) == {"b"}
+    state.note_outcomes("a", {"tiny@1": Outcomes(5)}, OUTCOMES_EXPIRY_S + 10)
+    assert state.outcomes(OUTCOMES_EXPIRY_S + 10) == {"a": {"tiny@1": Outcomes(5)}}
 
 
 def test_watch_when_something_changes_answers_at_once_else_when_time_is_over():
