@@ -51,7 +51,9 @@ class RemoteSteward:
             actor: Any = self._actor or await asyncio.to_thread(start_steward, self._given)
             self._actor = actor
             call = asyncio.wrap_future(actor.apply.remote(batch).future())
-            answer: Answer = await asyncio.wait_for(call, _CALL_TIMEOUT_S)
+            # Not wait_for: it loses a cancellation that comes with the answer (cpython#86296).
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                answer: Answer = await call
         except RayTaskError as error:
             if isinstance(error.cause, RaysmithError):
                 raise error.cause from None

@@ -74,6 +74,11 @@ class Budgets:
         """Whether tokens are leased, so that the ledger must hear of this writer now and then."""
         return bool(self._pools)
 
+    @property
+    def has_returns(self) -> bool:
+        """Whether something was spent or given back that the ledger was not told yet."""
+        return bool(self._returns)
+
     def leases(self) -> list[Lease]:
         """Return what to ask the ledger for; call `granted` with its answer before asking again."""
         if self._is_closed:
@@ -140,19 +145,19 @@ class Budgets:
         waiter = _Waiter(num_tokens, asyncio.get_running_loop().create_future())
         pool.waiting.append(waiter)
         self._ask()
+        is_answered = False
         try:
-            epoch = await asyncio.wait_for(waiter.future, self._wait_timeout_s)
+            # Not wait_for: it loses a cancellation that comes with the answer (cpython#86296).
+            async with asyncio.timeout(self._wait_timeout_s):
+                epoch = await waiter.future
+            is_answered = True
         except TimeoutError:
             message = "the ledger does not answer, so the budget cannot be checked."
             refused = Refused(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after_s=1)
             raise RefusedError(refused) from None
-        except asyncio.CancelledError:
-            if waiter.epoch is not None:  # granted before the cancellation was noticed
-                self._refund(pool, num_tokens, waiter.epoch)
-            raise
         finally:
-            if waiter in pool.waiting:
-                pool.waiting.remove(waiter)
+            if not is_answered:
+                self._abandon(pool, waiter)
         if epoch is None:
             message = (
                 f"team `{pool.team}` has a budget of {budget} tokens in {pool.month}; what is left "
@@ -162,6 +167,13 @@ class Budgets:
             refused = Refused(HTTPStatus.TOO_MANY_REQUESTS, message, code=QUOTA_CODE)
             raise RefusedError(refused)
         return epoch
+
+    def _abandon(self, pool: "_Pool", waiter: "_Waiter") -> None:
+        """Forget who waits no longer; what it was granted at the last moment is free again."""
+        if waiter in pool.waiting:
+            pool.waiting.remove(waiter)
+        if waiter.epoch is not None:
+            self._refund(pool, waiter.num_tokens, waiter.epoch)
 
 
 @dataclass(eq=False)

@@ -76,9 +76,13 @@ class LedgerWriter:
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._flushes: list[asyncio.Future[None]] = []
+        self._is_closed = False
 
     def charge(self, account: Account, used: Used) -> None:
         """Note what was used; it is written within a fraction of a second. Never blocks."""
+        if self._is_closed:
+            _logger.error("the ledger is closed; %d tokens are not charged", used.tokens)
+            return
         before = self._charges.get(account)
         self._charges[account] = used if before is None else before + used
         if self._timer is None:
@@ -98,36 +102,50 @@ class LedgerWriter:
         flushed = asyncio.get_running_loop().create_future()
         self._flushes.append(flushed)
         self.wake()
-        try:
-            await asyncio.wait_for(flushed, timeout_s)
-        except TimeoutError:
-            return False
-        return True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await flushed
+        return flushed.done() and not flushed.cancelled()
 
     async def aclose(self) -> None:
         """Write what is left, give leases back, and stop; what cannot be written is logged."""
         self.budgets.close()
-        is_written = await self.flush(self._pace.close_timeout_s)
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-        if not is_written:
-            unwritten = [charge.used for charge in self._unanswered]
-            num_tokens = sum(used.tokens for used in [*unwritten, *self._charges.values()])
-            _logger.error("the ledger did not answer; %d tokens are not charged", num_tokens)
+        is_written = False
+        try:
+            is_written = await self._flush_all(self._pace.close_timeout_s)
+        finally:
+            self._is_closed = True  # No await since it was found that nothing is left.
+            if not is_written:
+                unwritten = [charge.used for charge in self._unanswered]
+                num_tokens = sum(used.tokens for used in [*unwritten, *self._charges.values()])
+                _logger.error("the ledger did not answer; %d tokens are not charged", num_tokens)
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._task is not None:
+                self._task.cancel()
+                await asyncio.wait([self._task])
+
+    async def _flush_all(self, timeout_s: float) -> bool:
+        """Flush until nothing is left, for requests settle while a batch is under way."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + timeout_s
+        while await self.flush(end_s - loop.time()):
+            if not self._charges and not self.budgets.has_returns:
+                return True
+        return False
 
     def _start(self) -> None:
+        if self._is_closed:
+            return
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
         while True:
+            # Not wait_for: it loses a cancellation that comes with the event (cpython#86296).
             with contextlib.suppress(TimeoutError):
-                timeout_s = IDLE_S if self.budgets.has_pools else None
-                await asyncio.wait_for(self._wake.wait(), timeout_s)
+                async with asyncio.timeout(IDLE_S if self.budgets.has_pools else None):
+                    await self._wake.wait()
             self._wake.clear()
             flushes, self._flushes = self._flushes, []
             batch = self._next_batch()
@@ -160,9 +178,11 @@ class LedgerWriter:
         while True:
             try:
                 answer = await self._steward.apply(batch)
-            except RaysmithError as error:
+            except Exception as error:  # Whatever it is, the batch must be written.
                 if retry_s == self._pace.first_retry_s:
-                    _logger.warning("the ledger is asked until it answers: %s", error.message)
+                    is_bug = not isinstance(error, RaysmithError)
+                    reason = "the ledger is asked until it answers: %s"
+                    _logger.warning(reason, error, exc_info=error if is_bug else None)
                 if self._silent_s() > _LEASES_END_S:
                     self.budgets.drop()
                 await asyncio.sleep(retry_s)

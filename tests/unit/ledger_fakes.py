@@ -36,8 +36,10 @@ class FakeSteward:
         self.ledger = ledger
         self.batches: list[Batch] = []
         self.held: asyncio.Event | None = None
+        self.was_asked = asyncio.Event()
 
     async def apply(self, batch: Batch) -> Answer:
+        self.was_asked.set()
         if self.held is not None:
             await self.held.wait()
         self.batches.append(batch)

@@ -15,9 +15,9 @@ from ledger_fakes import (
     spent,
 )
 
-from cluster.accounting import WRITER_TTL_S, Limits, month_of
+from cluster.accounting import WRITER_TTL_S, Limits, Return, Team, month_of
 from serving.gateway.accounts_client import LedgerAccounts
-from serving.gateway.budgets import REQUESTS_PER_LEASE
+from serving.gateway.budgets import REQUESTS_PER_LEASE, Budgets
 from serving.gateway.errors import RefusedError
 from serving.gateway.ledger_writer import Pace
 
@@ -161,6 +161,61 @@ def test_budget_when_a_waiting_call_is_cancelled_holds_nothing(budgeted: Service
 
     budgeted.run(test)
     assert budgeted.balance == (60, 0)
+
+
+TEAM = Team(name="a", tokens_per_month=10_000)
+
+
+def grant_all(budgets: Budgets) -> None:
+    leases = budgets.leases()
+    budgets.granted(leases, [lease.wanted for lease in leases])
+
+
+def test_take_when_cancelled_as_it_is_granted_ends_and_gives_the_tokens_back():
+    async def test() -> None:
+        budgets = Budgets(lambda: None)
+        call = asyncio.create_task(budgets.take(TEAM, "2026-11", 100))
+        await asyncio.sleep(0)
+        grant_all(budgets)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        budgets.close()
+        assert budgets.returns() == [Return("a", "2026-11", 0, 100 * REQUESTS_PER_LEASE)]
+
+    asyncio.run(test())
+
+
+def test_take_when_cancelled_before_it_is_granted_leaves_the_tokens_to_the_next():
+    async def test() -> None:
+        budgets = Budgets(lambda: None)
+        calls = [asyncio.create_task(budgets.take(TEAM, "2026-11", 100)) for _ in range(2)]
+        await asyncio.sleep(0)
+        calls[0].cancel()
+        grant_all(budgets)
+        held = await calls[1]
+        assert calls[0].cancelled()
+        held.settle(100)
+        budgets.close()
+        assert budgets.returns() == [Return("a", "2026-11", 0, 100 * REQUESTS_PER_LEASE)]
+
+    asyncio.run(test())
+
+
+def test_take_when_the_time_ends_as_it_is_granted_is_503_and_gives_the_tokens_back():
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        # Asked for before the wait begins, so the grant comes just before the wait's end.
+        budgets = Budgets(
+            lambda: grants.append(loop.call_soon(grant_all, budgets)), wait_timeout_s=0
+        )
+        grants: list[asyncio.Handle] = []
+        refused = await refusal(budgets.take(TEAM, "2026-11", 100))
+        assert refused.status == 503
+        budgets.close()
+        assert budgets.returns() == [Return("a", "2026-11", 0, 100 * REQUESTS_PER_LEASE)]
+
+    asyncio.run(test())
 
 
 def test_budget_when_the_ledger_was_silent_for_long_is_leased_anew(
