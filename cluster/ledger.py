@@ -93,7 +93,7 @@ class Ledger:
     def change_team(self, name: str, change: Callable[[Team], Team]) -> Team:
         """Replace a team by what `change` makes of it. Raises AccountError if there is none."""
         with writing(self._engine) as connection:
-            old = self._team(connection, name)
+            old = self._team(connection, name, is_locked=True)
             new = change(old)
             assert new.name == old.name, "a team keeps its name: keys and usage refer to it"
             rows = update(schema.teams).where(schema.teams.c.name == name)
@@ -118,14 +118,14 @@ class Ledger:
         Raises AccountError if there is no such team.
         """
         with writing(self._engine) as connection:
-            self._team(connection, key.team)
+            self._team(connection, key.team, is_locked=True)
             return self._insert_key(connection, key)
 
     def rotate_key(self, key_id: str, *, overlap_s: int) -> tuple[Key, str]:
         """Make another key like this one, which ends after `overlap_s` if it does not sooner.
 
-        The new one lives as long as the old one was to. Raises AccountError if there is no such
-        key, or it is not valid any more.
+        The new one lives as long as the old one was to before any rotation. Raises AccountError if
+        there is no such key, or it is not valid any more.
         """
         now_s = int(self._clock())
         with writing(self._engine) as connection:
@@ -138,7 +138,9 @@ class Ledger:
             end_s, next_end_s = now_s + overlap_s, None
             if old.expires_s is not None:
                 end_s = min(end_s, old.expires_s)
-                next_end_s = now_s + old.expires_s - old.created_s
+            first_end_s = _first_end(connection, old)
+            if first_end_s is not None:
+                next_end_s = now_s + first_end_s - old.created_s
             rows = update(schema.keys).where(schema.keys.c.id == key_id)
             connection.execute(rows.values(expires_s=end_s))
             return self._insert_key(connection, old.replace(expires_s=next_end_s))
@@ -198,8 +200,14 @@ class Ledger:
 
     # --- inside a transaction ------------------------------------------------------------------
 
-    def _team(self, connection: Connection, name: str) -> Team:
+    def _team(self, connection: Connection, name: str, *, is_locked: bool = False) -> Team:
+        """Return a team; locked, so that no other transaction changes it before this one ends.
+
+        SQLite knows no such locks and needs none: there `writing` locks the whole ledger.
+        """
         query = select(schema.teams).where(schema.teams.c.name == name)
+        if is_locked:
+            query = query.with_for_update()
         row = connection.execute(query).one_or_none()
         if row is not None:
             return _team_of(row)
@@ -210,8 +218,9 @@ class Ledger:
         )
 
     def _key(self, connection: Connection, key_id: str) -> Key:
+        """Return a key, locked as `_team` does."""
         query = select(schema.keys).where(schema.keys.c.id == key_id)
-        row = connection.execute(query).one_or_none()
+        row = connection.execute(query.with_for_update()).one_or_none()
         if row is None:
             raise AccountError(f"there is no key `{key_id}`. See `raysmith keys list`.")
         return _key_of(row)
@@ -253,6 +262,18 @@ def _pepper_of(engine: Engine, url: URL) -> Pepper:
             f"RAYSMITH_PEPPER or {pepper_path(url)}. Restore what it was."
         )
     return pepper
+
+
+def _first_end(connection: Connection, key: Key) -> int | None:
+    """Return when a key was to end before it was rotated, and remember it at the first time."""
+    query = select(schema.rotations).where(schema.rotations.c.key_id == key.id)
+    row = connection.execute(query).one_or_none()
+    if row is not None:
+        end_s: int | None = row.expires_s
+        return end_s
+    first = {"key_id": key.id, "expires_s": key.expires_s}
+    connection.execute(insert(schema.rotations).values(first))
+    return key.expires_s
 
 
 def _bump(connection: Connection) -> None:

@@ -86,6 +86,13 @@ keys = Table(
     Column("expires_s", BigInteger),
     Column("revoked_s", BigInteger),
 )
+# When a rotated key was to end before that; null: never.
+rotations = Table(
+    "rotations",
+    metadata,
+    Column("key_id", ForeignKey("keys.id"), primary_key=True),
+    Column("expires_s", BigInteger),
+)
 usage = Table(
     "usage",
     metadata,
@@ -279,6 +286,9 @@ def _prepare(engine: Engine) -> None:
             row = {"id": 1, "version": SCHEMA_VERSION, "revision": 1}
             connection.execute(insert(state).values(row))
         found = connection.execute(select(state.c.version)).scalar_one()
+        if found == SCHEMA_VERSION:
+            # Ledgers made before it was kept have none; who does not know it needs it not.
+            rotations.create(connection, checkfirst=True)
     if found > SCHEMA_VERSION:
         raise LedgerError(
             f"the ledger {engine.url.database} has version {found}; this Raysmith knows "

@@ -2,17 +2,19 @@
 
 import multiprocessing
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ledger_fakes import Clock
+from sqlalchemy import update
 
 from cluster.accounting import Key, Limits, Scope, Team
 from cluster.errors import AccountError, ConfigError, LedgerError
 from cluster.ledger import Ledger
 from cluster.ledger_reader import LedgerReader
-from cluster.ledger_schema import ledger_url, public_url
+from cluster.ledger_schema import keys, ledger_url, public_url, writing
 
 NOW_S = 1_795_000_000  # 2026-11-18
 
@@ -56,6 +58,23 @@ def test_team_when_changed_keeps_the_rest(ledger: Ledger):
     ledger.change_team("a", lambda team: team.replace(is_suspended=True))
     assert ledger.team("a").tokens_per_month == 7
     assert ledger.team("a").is_suspended
+
+
+def test_team_when_two_change_it_at_once_keeps_both_changes(any_ledger: str, ledger: Ledger):
+    ledger.add_team(Team(name="a"))
+    with Ledger.open(any_ledger) as second:
+        suspend = ("a", lambda team: team.replace(is_suspended=True))
+        other = threading.Thread(target=second.change_team, args=suspend)
+
+        def change(team: Team) -> Team:
+            other.start()
+            other.join(0.5)  # Held up; or through, with a change that this one undoes.
+            return team.replace(tokens_per_month=7)
+
+        ledger.change_team("a", change)
+        other.join()
+    found = ledger.team("a")
+    assert (found.tokens_per_month, found.is_suspended) == (7, True)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../a", "a\n", "x" * 200])
@@ -120,6 +139,60 @@ def test_key_when_revoked_cannot_be_rotated(ledger: Ledger):
     ledger.revoke_key(made.id)
     with pytest.raises(AccountError, match="revoked or expired"):
         ledger.rotate_key(made.id, overlap_s=60)
+
+
+def test_key_when_revoked_while_it_is_rotated_has_no_successor(any_ledger: str, ledger: Ledger):
+    ledger.add_team(Team(name="a"))
+    made, _ = ledger.new_key(key_of("a"))
+    refusals: list[str] = []
+    with Ledger.open(any_ledger, clock=Clock(NOW_S)) as second:
+
+        def rotate() -> None:
+            try:
+                second.rotate_key(made.id, overlap_s=60)
+            except AccountError as error:
+                refusals.append(error.message)
+
+        other = threading.Thread(target=rotate)
+        with writing(ledger.engine) as connection:
+            rows = update(keys).where(keys.c.id == made.id)
+            connection.execute(rows.values(revoked_s=NOW_S))
+            other.start()
+            other.join(0.5)  # Held up until this is committed.
+        other.join()
+    assert [made.id in message for message in refusals] == [True]
+    assert list(ledger.snapshot().keys) == [made.id]
+
+
+def test_key_when_rotated_twice_gives_keys_that_never_end_either(ledger: Ledger, clock: Clock):
+    ledger.add_team(Team(name="a"))
+    old, _ = ledger.new_key(key_of("a"))
+    first, _ = ledger.rotate_key(old.id, overlap_s=60)
+    clock.now_s += 10
+    second, _ = ledger.rotate_key(old.id, overlap_s=60)
+    found = ledger.snapshot().keys
+    assert [found[key.id].expires_s for key in (old, first, second)] == [NOW_S + 60, None, None]
+
+
+def test_key_when_rotated_twice_gives_keys_that_live_as_long_as_it_was_to(
+    ledger: Ledger, clock: Clock
+):
+    ledger.add_team(Team(name="a"))
+    old, _ = ledger.new_key(key_of("a", expires_s=NOW_S + 1000))
+    ledger.rotate_key(old.id, overlap_s=60)
+    clock.now_s += 10
+    second, _ = ledger.rotate_key(old.id, overlap_s=60)
+    third, _ = ledger.rotate_key(second.id, overlap_s=60)
+    assert (second.expires_s, third.expires_s) == (NOW_S + 1010, NOW_S + 1010)
+
+
+def test_ledger_when_made_before_rotations_were_kept_is_used(any_ledger: str, ledger: Ledger):
+    ledger.add_team(Team(name="a"))
+    with ledger.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE rotations")
+    with Ledger.open(any_ledger, clock=Clock(NOW_S)) as again:
+        made, _ = again.new_key(key_of("a"))
+        assert again.rotate_key(made.id, overlap_s=60)[0].expires_s is None
 
 
 @pytest.mark.parametrize("change", ["team", "suspend", "key", "rotate", "revoke"])
