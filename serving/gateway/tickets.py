@@ -16,7 +16,7 @@ from serving.gateway.errors import RefusedError
 from serving.gateway.limits import GatewayLimits
 from serving.messages import Refused
 
-# One team must not take the tickets of all.
+# One team must not take the tickets of all, nor the bytes.
 _TEAMS_PART = 4
 
 
@@ -41,15 +41,12 @@ class Tickets:
     def issue(self, question: Question, call: Call) -> str:
         """Return a new ticket. Raises RefusedError (429) if too many wait to be used."""
         self._drop_expired()
-        of_team = sum(held.team == call.team for held in self._held.values())
-        num_bytes = call.body_bytes + sum(held.num_bytes for held in self._held.values())
-        most = self._limits.max_tickets // _TEAMS_PART
-        if of_team >= most or num_bytes > self._limits.max_ticket_bytes:
+        reason = self._why_not(call.team, call.body_bytes)
+        if reason is not None:
             raise RefusedError(
                 Refused(
                     HTTPStatus.TOO_MANY_REQUESTS,
-                    f"{of_team} event streams of your team wait to be read, at most {most} may. "
-                    "Read them or wait until they expire.",
+                    reason,
                     code="too_many_requests",
                     retry_after_s=round(self._limits.ticket_lifetime_s),
                 )
@@ -63,6 +60,34 @@ class Tickets:
         """Return what a ticket stands for, once; None if it is unknown, used or expired."""
         self._drop_expired()
         return self._held.pop(ticket, None)
+
+    def _why_not(self, team: str, num_bytes: int) -> str | None:
+        """Return which bound one more ticket would pass, or None."""
+        of_all = [held.num_bytes for held in self._held.values()]
+        of_team = [held.num_bytes for held in self._held.values() if held.team == team]
+        limits = self._limits
+        bounds = (
+            (
+                "your team",
+                of_team,
+                limits.max_tickets // _TEAMS_PART,
+                limits.max_ticket_bytes // _TEAMS_PART,
+            ),
+            ("all teams", of_all, limits.max_tickets, limits.max_ticket_bytes),
+        )
+        for whose, waiting, most, most_bytes in bounds:
+            if len(waiting) >= most:
+                return (
+                    f"{len(waiting)} event streams of {whose} wait to be read, at most {most} may. "
+                    "Read them or wait until they expire."
+                )
+            if sum(waiting) + num_bytes > most_bytes:
+                return (
+                    f"event streams of {whose} that wait to be read hold {sum(waiting)} bytes and "
+                    f"this one has {num_bytes}, at most {most_bytes} may wait. Read them or wait "
+                    "until they expire."
+                )
+        return None
 
     def _drop_expired(self) -> None:
         now_s = self._clock()

@@ -1,7 +1,5 @@
 """One-time addresses for a browser's EventSource."""
 
-import dataclasses
-
 import pytest
 from gateway_fakes import KEY, MODEL, Gateway, stream_documents
 
@@ -109,17 +107,39 @@ def test_ticket_when_it_is_old_is_unknown():
 
 def test_ticket_when_a_team_has_its_share_is_refused_and_others_are_not():
     tickets = Tickets(GatewayLimits(max_tickets=8))
-    bob = Call(principal=Principal("k2", "bob", frozenset()))
     for _ in range(2):
-        tickets.issue(QUESTION, bob)
-    with pytest.raises(RefusedError, match="at most 2"):
-        tickets.issue(QUESTION, bob)
-    tickets.issue(QUESTION, Call())
+        tickets.issue(QUESTION, call_by("bob"))
+    with pytest.raises(RefusedError, match=r"^2 event streams of your team wait.*at most 2 may"):
+        tickets.issue(QUESTION, call_by("bob"))
+    tickets.issue(QUESTION, call_by("alice"))
 
 
-def test_ticket_when_bodies_are_large_is_refused():
-    tickets = Tickets(GatewayLimits(max_ticket_bytes=100))
-    call = dataclasses.replace(Call(), body_bytes=60)
-    tickets.issue(QUESTION, call)
-    with pytest.raises(RefusedError):
-        tickets.issue(QUESTION, call)
+def test_ticket_when_a_team_has_its_share_of_bytes_is_refused_and_others_are_not():
+    tickets = Tickets(GatewayLimits(max_ticket_bytes=400))
+    tickets.issue(QUESTION, call_by("bob", body_bytes=60))
+    with pytest.raises(RefusedError, match=r"of your team.* hold 60 bytes.* has 41, at most 100 "):
+        tickets.issue(QUESTION, call_by("bob", body_bytes=41))
+    tickets.issue(QUESTION, call_by("bob", body_bytes=40))
+    tickets.issue(QUESTION, call_by("alice", body_bytes=100))
+
+
+def test_ticket_when_all_teams_have_as_many_as_may_be_is_refused():
+    tickets = Tickets(GatewayLimits(max_tickets=8))
+    for number in range(8):
+        first = tickets.issue(QUESTION, call_by(f"team-{number // 2}"))
+    with pytest.raises(RefusedError, match=r"^8 event streams of all teams wait.*at most 8 may"):
+        tickets.issue(QUESTION, call_by("another"))
+    tickets.redeem(first)
+    tickets.issue(QUESTION, call_by("another"))
+
+
+def test_ticket_when_all_teams_have_as_many_bytes_as_may_be_is_refused():
+    tickets = Tickets(GatewayLimits(max_ticket_bytes=400))
+    for number in range(4):
+        tickets.issue(QUESTION, call_by(f"team-{number}", body_bytes=99))
+    with pytest.raises(RefusedError, match=r"of all teams.* hold 396 bytes.* has 5, at most 400 "):
+        tickets.issue(QUESTION, call_by("another", body_bytes=5))
+
+
+def call_by(team: str, body_bytes: int = 0) -> Call:
+    return Call(principal=Principal("k", team, frozenset()), body_bytes=body_bytes)
