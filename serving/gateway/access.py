@@ -13,24 +13,15 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import RaysmithError
-from serving.gateway.accounts import Accounts, Principal
+from serving.gateway.accounts import KEYS_UNAVAILABLE, UNAUTHORIZED, Accounts, Principal
 from serving.gateway.call import Call, call_of
 from serving.gateway.errors import RefusedError
 from serving.gateway.limits import Admission
 from serving.gateway.responses import RefusalResponse
 from serving.gateway.rules import Access, Rule, find_rule, forbidden
-from serving.messages import Refused
 
 _logger = logging.getLogger(__name__)
 _MOST_KEY_CHARACTERS = 256
-UNAUTHORIZED = Refused(
-    HTTPStatus.UNAUTHORIZED,
-    "no valid API key. Send the header `Authorization: Bearer KEY`.",
-    code="invalid_api_key",
-)
-_UNAVAILABLE = Refused(
-    HTTPStatus.SERVICE_UNAVAILABLE, "the server cannot check API keys now.", retry_after_s=1
-)
 
 
 class AccessControl:
@@ -81,7 +72,7 @@ async def authenticate(accounts: Accounts, secret: str) -> Principal:
         raise RefusedError(UNAUTHORIZED if is_wrong_key else error.refused) from None
     except RaysmithError as error:
         _logger.error("no request can be admitted: %s", error.message)  # noqa: TRY400 - no bug
-        raise RefusedError(_UNAVAILABLE) from None
+        raise RefusedError(KEYS_UNAVAILABLE) from None
 
 
 def _bearer(headers: Headers) -> str:

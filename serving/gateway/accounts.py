@@ -2,9 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Protocol
 
 from cluster.accounting import Scope as Scope
+from serving.messages import Refused
+
+# It does not say what is wrong with a key.
+UNAUTHORIZED = Refused(
+    HTTPStatus.UNAUTHORIZED,
+    "no valid API key. Send the header `Authorization: Bearer KEY`.",
+    code="invalid_api_key",
+)
+KEYS_UNAVAILABLE = Refused(
+    HTTPStatus.SERVICE_UNAVAILABLE, "the server cannot check API keys now.", retry_after_s=1
+)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from cluster.accounting import Account, Key, Team, Used, hour_of, month_of
 from cluster.errors import RaysmithError
 from cluster.ledger import Ledger, Snapshot
 from cluster.ledger_reader import LedgerReader
-from serving.gateway.accounts import Principal, Spent
+from serving.gateway.accounts import KEYS_UNAVAILABLE, UNAUTHORIZED, Principal, Spent
 from serving.gateway.budgets import Held
 from serving.gateway.errors import RefusedError
 from serving.gateway.ledger_writer import LedgerWriter, Pace, Steward
@@ -50,10 +50,10 @@ class LedgerAccounts:
         snapshot = await self._current()
         key = snapshot.by_digest.get(self._ledger.digest(secret))
         if key is None or not key.is_valid(self._clock()):
-            raise _unknown()
+            raise RefusedError(UNAUTHORIZED)
         team = snapshot.teams[key.team]
         if team.is_suspended:
-            raise _unknown()
+            raise RefusedError(UNAUTHORIZED)
         return Principal(key.id, key.team, key.scopes, team.models)
 
     async def reserve(
@@ -90,9 +90,11 @@ class LedgerAccounts:
 
     async def aclose(self) -> None:
         """Write what is left to charge and close the ledger; call it when the gateway ends."""
-        await self._writer.aclose()
-        self._reader.close()
-        self._ledger.close()
+        try:
+            await self._writer.aclose()
+        finally:
+            self._reader.close()
+            self._ledger.close()
 
     def charge(self, principal: Principal, month: str, spent: Spent) -> None:
         """Note what a request used."""
@@ -111,16 +113,14 @@ class LedgerAccounts:
         try:
             return await self._checks.current()
         except RaysmithError as error:
-            message = "the server cannot check API keys now."
-            refused = Refused(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after_s=1)
-            raise RefusedError(refused) from error
+            raise RefusedError(KEYS_UNAVAILABLE) from error
 
     def _find(self, principal: Principal) -> tuple[Key, Team]:
         """Return a principal's key and team, unless the key has gone since it was checked."""
         snapshot = self._reader.last
         key = snapshot.keys.get(principal.key_id)
         if key is None or not key.is_valid(self._clock()):
-            raise _unknown()
+            raise RefusedError(UNAUTHORIZED)
         return key, snapshot.teams[key.team]
 
     def _document(self, team: Team) -> dict[str, Any]:
@@ -204,13 +204,3 @@ class _SharedCheck:
             await asyncio.wait([before])
         self._running, self._next = self._next, None
         return await asyncio.to_thread(self._reader.current)
-
-
-def _unknown() -> RefusedError:
-    return RefusedError(
-        Refused(
-            HTTPStatus.UNAUTHORIZED,
-            "no valid API key. Send the header `Authorization: Bearer KEY`.",
-            code="invalid_api_key",
-        )
-    )

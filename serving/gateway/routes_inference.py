@@ -13,8 +13,8 @@ from fastapi import Body as BodyParameter
 from fastapi import FastAPI, Header, Request
 from starlette.responses import Response
 
-from serving.gateway.access import UNAUTHORIZED, authenticate
-from serving.gateway.accounts import Accounts, Principal
+from serving.gateway.access import authenticate
+from serving.gateway.accounts import UNAUTHORIZED, Accounts, Principal
 from serving.gateway.answering import Answering, Question
 from serving.gateway.backend import Backend
 from serving.gateway.call import Call, call_of

@@ -2,13 +2,18 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from asgi_driver import ask
-from gateway_fakes import KEY, Gateway
+from asgi_driver import Connection, ask, drive
+from gateway_fakes import KEY, FakeBackend, Gateway
+from ledger_fakes import Service
 from starlette.routing import Route
 
+from cluster.accounting import Team
 from serving.gateway.accounts import Principal, Scope
+from serving.gateway.accounts_client import LedgerAccounts
 from serving.gateway.app import create_app
 from serving.gateway.limits import GatewayLimits
 from serving.gateway.rules import RULES, Access, check_rules, find_rule
@@ -83,6 +88,66 @@ def test_every_route_when_the_key_was_revoked_a_moment_ago_is_401(
     after = ask(gateway.app, b"{}", headers=headers, method=method, path=path)
     assert before.status != 401 or access is Access.TICKET
     assert after.status == (200 if access is Access.PUBLIC else 401)
+
+
+# --- the same over a real ledger ---------------------------------------------------------------
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    found = Service(str(tmp_path / "ledger.db"))
+    yield found
+    found.ledger.close()
+
+
+@pytest.mark.parametrize("reason", ["expired", "revoked", "suspended"])
+@pytest.mark.parametrize(("method", "path", "access"), operations())
+def test_every_route_when_the_key_in_the_ledger_does_not_count_any_more_is_401(
+    service: Service, method: str, path: str, access: Access, reason: str
+):
+    scopes = frozenset({Scope.INFERENCE, Scope.METRICS})
+    key, secret = service.new_key(scopes=scopes, expires_s=int(service.clock()) + 10)
+
+    async def test(accounts: LedgerAccounts) -> None:
+        app = create_app(FakeBackend(), accounts, GatewayLimits())
+        asked = {"method": method, "path": path, "headers": authorization(f"Bearer {secret}")}
+        before = await drive(app, Connection(b"{"), **asked)
+        assert before.status != 401 or access is Access.TICKET
+        if reason == "expired":
+            service.clock.now_s += 10
+        elif reason == "revoked":
+            service.ledger.revoke_key(key.id)
+        else:
+            service.ledger.change_team("a", lambda team: team.replace(is_suspended=True))
+        after = await drive(app, Connection(b"{"), **asked)
+        assert after.status == (200 if access is Access.PUBLIC else 401)
+        if access is not Access.PUBLIC:
+            assert json.loads(after.body)["error"]["code"] == "invalid_api_key"
+            assert reason not in after.body.decode()
+
+    service.run(test)
+
+
+@pytest.mark.parametrize(("method", "path", "access"), operations())
+def test_every_route_when_the_key_in_the_ledger_is_of_another_team_tells_nothing_of_this_one(
+    service: Service, method: str, path: str, access: Access
+):
+    service.ledger.add_team(Team(name="b"))
+    scopes = frozenset({Scope.INFERENCE, Scope.METRICS})
+    _, secret = service.new_key(team="b", scopes=scopes)
+
+    async def test(accounts: LedgerAccounts) -> None:
+        app = create_app(FakeBackend(), accounts, GatewayLimits())
+        asked = {"method": method, "path": path, "headers": authorization(f"Bearer {secret}")}
+        of_other = await drive(app, Connection(b"{"), query_string=b"team=a", **asked)
+        rule = RULES[method, path]
+        expected = 401 if access is Access.TICKET else 403 if rule.is_of_team else None
+        of_own = await drive(app, Connection(b"{"), query_string=b"team=b", **asked)
+        assert of_other.status == (expected or of_own.status)
+        assert of_own.status not in {401, 403} or access is Access.TICKET
+        assert service.key.id not in of_other.body.decode()
+
+    service.run(test)
 
 
 @pytest.mark.parametrize("query", [b"team=alice", b"team=bob&team=alice", b"team=%61lice"])
