@@ -12,7 +12,9 @@ import msgspec
 
 from serving.engines._protocol import EngineStats, FinishReason, GrammarKind, TokenLogprob
 
-ENGINE_FAILED = "engine_failed"  # Code of a refusal: another replica may do better.
+# Codes of refusals: another replica may do better, or it would fail at this request as well.
+ENGINE_FAILED = "engine_failed"
+GENERATION_FAILED = "generation_failed"
 Task = Literal["generate", "embed"]
 
 

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from cluster.errors import RequestError
 from serving.messages import ChatPrompt, Prompt, TextPrompt, TokenPrompt, Turn
 
+_MOST_CHARACTERS = 300
+
 
 class PromptEncoder:
     """Encodes prompts for one model."""
@@ -39,13 +41,19 @@ class PromptEncoder:
         if self._tokenizer.chat_template is None:
             raise RequestError("this model has no chat template. Use /v1/completions.")
         turns = [_message(turn) for turn in prompt.turns]
-        tools = None if prompt.tools is None else json.loads(prompt.tools)
         try:
+            tools = None if prompt.tools is None else json.loads(prompt.tools)
             text: str = self._tokenizer.apply_chat_template(
                 turns, tools=tools, tokenize=False, add_generation_prompt=True
             )
+            text.encode()  # Arguments of a call may have brought half of a surrogate pair.
         except TemplateError as error:
-            raise RequestError(f"the model's chat template refuses this: {error}") from error
+            raise RequestError(f"the model's chat template refuses this: {_cut(error)}") from error
+        except Exception as error:  # Templates come with models: what they raise is not known here.
+            reason = f"{type(error).__name__}: {_cut(error)}"
+            raise RequestError(
+                f"the model's chat template cannot write this conversation: {reason}"
+            ) from error
         return text
 
 
@@ -68,4 +76,13 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
         arguments = json.loads(function["arguments"])
     except ValueError:
         arguments = function["arguments"]  # A model wrote no JSON; the template shows it as it is.
+    except RecursionError as error:
+        raise RequestError(
+            f"the arguments of a call of `{function['name']}` are nested too deeply. Flatten them."
+        ) from error
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _cut(error: Exception) -> str:
+    """Return what an error says, short, and as text that can be sent: it may quote a prompt."""
+    return str(error)[:_MOST_CHARACTERS].encode(errors="replace").decode()

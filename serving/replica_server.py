@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -36,6 +37,7 @@ from serving.frames import (
     unpack,
 )
 from serving.messages import (
+    GENERATION_FAILED,
     Delta,
     Embedded,
     EmbeddingRequest,
@@ -53,6 +55,9 @@ _MAX_UNREAD_BYTES = 2 * MAX_FRAME_BYTES
 # as much as the token in it: tokens in the middle of an answer wait for the next pass's.
 _MANY_STREAMS = 8
 _WAIT_S = 0.03
+_FAILED = Refused(
+    HTTPStatus.INTERNAL_SERVER_ERROR, "the replica failed at this request.", code=GENERATION_FAILED
+)
 
 
 class Answering(Protocol):
@@ -239,7 +244,11 @@ class _Session(asyncio.Protocol):
                 self.say(Answered(ask.number, await self._answering.embed(ask.request)))
         except Exception:
             _logger.exception("a request failed in an unforeseen way")
-            self._transport.abort()
+            if isinstance(ask, Submit):
+                self.say(Happened(ask.number, [_FAILED]))
+                self.say(Ended(ask.number))
+            else:
+                self.say(Answered(ask.number, _FAILED))
 
     async def _generate(self, ask: Submit) -> None:
         async with aclosing(self._answering.generate(ask.request)) as batches:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cluster.errors import RequestError
 from jobs.data.tokenizer import load_tokenizer, train_tokenizer
 from serving.messages import ChatPrompt, Turn
 from serving.prompts import PromptEncoder
@@ -51,3 +52,42 @@ def test_chat_when_a_tool_was_called_writes_the_call_as_the_model_did(tokenizer)
 def test_chat_when_called_arguments_are_no_json_shows_them_as_text(tokenizer):
     text = written(tokenizer, Turn("assistant", "", tool_calls=calls("{oops")))
     assert '"arguments": "{oops"' in text
+
+
+@pytest.fixture
+def with_template(tokenizer):
+    """A way to set another template for one test."""
+
+    def change(template: str):
+        tokenizer.chat_template = template
+        return tokenizer
+
+    yield change
+    tokenizer.chat_template = TEMPLATE
+
+
+@pytest.mark.parametrize("ending", ["", "]" * 100_000])
+def test_chat_when_called_arguments_are_nested_too_deeply_is_refused(tokenizer, ending):
+    deep = Turn("assistant", "", tool_calls=calls("[" * 100_000 + ending))
+    with pytest.raises(RequestError, match="call of `f` are nested too deeply"):
+        written(tokenizer, deep)
+
+
+def test_chat_when_the_template_raises_in_its_own_way_is_refused_with_the_reason(with_template):
+    tokenizer = with_template("{% for m in messages %}{{ m.role + 1 }}{% endfor %}")
+    with pytest.raises(RequestError, match="cannot write this conversation: TypeError: can only"):
+        written(tokenizer, Turn("user", "hi"))
+
+
+def test_chat_when_called_arguments_hold_half_a_character_is_refused(tokenizer):
+    half = Turn("assistant", "", tool_calls=calls(r'"\ud800"'))
+    with pytest.raises(RequestError, match="cannot write this conversation: UnicodeEncodeError"):
+        written(tokenizer, half)
+
+
+def test_chat_when_the_template_quotes_what_it_refuses_says_it_in_few_words(with_template):
+    quoting = "{{ raise_exception('no: ' ~ messages[0].tool_calls[0].function.arguments) }}"
+    call = calls(json.dumps("\ud800" * 10_000))
+    with pytest.raises(RequestError, match=r"template refuses this: no: \?\?") as raised:
+        written(with_template(quoting), Turn("assistant", "", tool_calls=call))
+    assert len(raised.value.message.encode()) < 400

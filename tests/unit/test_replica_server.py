@@ -1,4 +1,4 @@
-"""When a replica's tokens leave: at once, or with those of the next pass."""
+"""When a replica's tokens leave, and how one request fails beside others."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -14,6 +14,7 @@ from serving.messages import (
     EmbeddingRequest,
     Event,
     InferenceRequest,
+    Refused,
     Sampling,
     Started,
     TokenPrompt,
@@ -41,6 +42,19 @@ class ThreePasses:
 
     async def embed(self, request: EmbeddingRequest) -> Embedded:
         return Embedded(((1.0,),) * len(request.inputs), 1)
+
+
+class FailingAtSome(ThreePasses):
+    """Fails at requests of the team `unlucky`, in a way that nobody foresaw."""
+
+    async def generate(self, request: InferenceRequest) -> AsyncGenerator[list[Event], None]:
+        async for batch in super().generate(request):
+            yield batch
+            if request.team == "unlucky":
+                raise RecursionError("too deep")
+
+    async def embed(self, request: EmbeddingRequest) -> Embedded:
+        raise RecursionError("too deep")
 
 
 @asynccontextmanager
@@ -80,3 +94,33 @@ def test_tokens_when_streams_are_many_leave_together(tmp_path, num_streams, expe
 
 def test_tokens_when_streams_are_many_wait_no_longer_than_allowed(tmp_path):
     assert asyncio.run(batches_of_second_stream(tmp_path, 8, wait_s=0.0)) == ["b", "c"]
+
+
+def test_generate_when_a_request_fails_unforeseen_ends_it_and_no_other(tmp_path):
+    async def work():
+        answering = FailingAtSome()
+        async with connected(answering, tmp_path, 0.0) as connection:
+            beside = connection.generate(REQUEST)
+            await anext(beside)
+            asked = InferenceRequest(REQUEST.prompts, REQUEST.sampling, team="unlucky")
+            failed = [event async for batch in connection.generate(asked) for event in batch]
+            for passed in answering.passes:
+                passed.set()
+            return failed, [event async for batch in beside for event in batch]
+
+    failed, beside = asyncio.run(asyncio.wait_for(work(), 10))
+    assert failed[:-1] == [Started(1), Delta(0, "a", (1,))]
+    assert isinstance(failed[-1], Refused)
+    assert (failed[-1].status, failed[-1].code) == (500, "generation_failed")
+    assert [event.text for event in beside] == ["b", "c"]
+
+
+def test_embed_when_a_request_fails_unforeseen_is_refused_and_the_connection_stays(tmp_path):
+    async def work():
+        async with connected(FailingAtSome(), tmp_path, 0.0) as connection:
+            refused = await connection.embed(EmbeddingRequest((TokenPrompt((1,)),)))
+            return refused, connection.is_open
+
+    refused, is_open = asyncio.run(asyncio.wait_for(work(), 10))
+    assert isinstance(refused, Refused)
+    assert (refused.status, refused.code, is_open) == (500, "generation_failed", True)
