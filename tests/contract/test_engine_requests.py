@@ -11,6 +11,8 @@ from cluster.errors import ContextLengthError, RequestError
 from jobs.data.tokenizer import load_tokenizer
 from jobs.evaluation.quality import greedy_reference
 from serving.engines._protocol import FinishReason, Grammar, GrammarKind
+from serving.engines.native.detokenizer import Detokenizer
+from serving.engines.native.loading import TokenizerDecoder
 
 
 def test_generate_when_done_says_why_once_and_last(engine):
@@ -81,14 +83,35 @@ def test_generate_when_logprobs_are_asked_for_equal_the_model(engine, reference)
     assert (token.token_id, token.logprob) == (token.top[0].token_id, token.top[0].logprob)
 
 
-def test_generate_when_resumed_goes_on_as_if_it_had_never_stopped(engine):
+def given_text(directory, tokens: list[int]) -> str:
+    """Return what a reader has of an answer that goes on after these tokens."""
+    detokenizer = Detokenizer(TokenizerDecoder(load_tokenizer(directory)), (5, 6, 7))
+    return "".join(map(detokenizer.push, tokens))
+
+
+def test_generate_when_resumed_goes_on_as_if_it_had_never_stopped(engine, directory):
     options = {"max_tokens": 20, "ignore_eos": True}
     whole = asyncio.run(chunks_of(engine, **options))
     resumed = tuple(tokens_of(whole)[:9])
     rest = asyncio.run(chunks_of(engine, resumed_tokens=resumed, **options))
     assert (*resumed, *tokens_of(rest)) == tuple(tokens_of(whole))
-    assert text_of(whole).endswith(text_of(rest))
+    assert text_of(rest) == text_of(whole)[len(given_text(directory, resumed)) :] != ""
     assert rest[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_generate_when_resumed_within_a_stop_string_cuts_before_it(engine, directory):
+    options = {"max_tokens": 30, "ignore_eos": True}
+    whole = asyncio.run(chunks_of(engine, **options))
+    text, tokens = text_of(whole), tokens_of(whole)
+    ends = [len(given_text(directory, tokens[:n])) for n in range(5, 30)]
+    # The last character of one token and the first of the next.
+    stop = next(text[at - 1 : at + 1] for at in ends if text.find(text[at - 1 : at + 1]) == at - 1)
+    cut = asyncio.run(chunks_of(engine, stop=(stop,), **options))
+    *resumed, last = tokens_of(cut)
+    asked = {"resumed_tokens": tuple(resumed), "stop": (stop,), **options}
+    rest = asyncio.run(chunks_of(engine, **asked))
+    assert (tokens_of(rest), text_of(rest)) == ([last], "")
+    assert rest[-1].finish_reason is FinishReason.STOP
 
 
 def test_generate_when_a_token_is_biased_chooses_it(engine):

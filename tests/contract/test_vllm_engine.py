@@ -1,21 +1,98 @@
 """What the vLLM engine says in vLLM's own words; it runs where vLLM is installed."""
 
+import asyncio
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import publish
 
-from cluster.errors import ConfigError, RequestError
+from cluster.errors import ConfigError, EngineError, RequestError
 from jobs.compression.packing import save_compressed
 from jobs.compression.recipe import apply_recipe
 from jobs.config import DecoderConfig, Recipe, Step
 from jobs.models.decoder import build
-from serving.engines._protocol import GenerateRequest, Grammar, GrammarKind
+from serving.engines._protocol import (
+    Chunk,
+    EngineInfo,
+    FinishReason,
+    GenerateRequest,
+    Grammar,
+    GrammarKind,
+)
+from serving.engines.native.answers import Vocabulary
+from serving.engines.native.sampling import TokenizerInfo
 from serving.engines.vllm import create
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-vllm` runs this")
 
+from serving.engines.vllm.engine import VllmEngine
 from serving.engines.vllm.params import sampling_params
+
+
+class FakeLlm:
+    """Gives one token after another; an exception among them is raised."""
+
+    errored = False
+
+    def __init__(self, *items) -> None:
+        self._items = items
+
+    async def generate(self, prompt, params, request_id, lora_request):
+        for item in self._items:
+            if isinstance(item, BaseException):
+                raise item
+            output = SimpleNamespace(token_ids=[item], logprobs=None)
+            yield SimpleNamespace(num_cached_tokens=0, outputs=[output])
+
+    def shutdown(self) -> None:
+        """Nothing runs."""
+
+
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    def decode(self, token_ids):
+        return "".join(chr(token_id) for token_id in token_ids)
+
+
+def chunks_of(llm: FakeLlm, **options) -> list[Chunk]:
+    """Ask an engine over a stand-in for vLLM; nothing may take long."""
+
+    async def start(arguments):
+        return llm
+
+    async def ask():
+        request = GenerateRequest(prompt_tokens=(5, 6), max_tokens=8, **options)
+        return [chunk async for chunk in engine.generate(request)]
+
+    info = EngineInfo("vllm", 300, 64, 2, 1, 1, {}, {})
+    engine = VllmEngine(None, info, Vocabulary(TokenizerInfo(300), Letters()), {}, start)
+    try:
+        chunks = asyncio.run(asyncio.wait_for(ask(), 10))
+        assert engine.stats().num_running == 0
+        return chunks
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ((97, ValueError("odd")), "vLLM failed: ValueError: odd"),
+        ((97, asyncio.CancelledError()), "was cancelled"),
+        ((97,), "without saying why"),
+        ((), "without saying why"),
+    ],
+)
+def test_generate_when_vllm_ends_in_an_odd_way_ends_the_reader(items, words):
+    with pytest.raises(EngineError, match=words):
+        chunks_of(FakeLlm(*items))
+
+
+def test_generate_when_resumed_within_a_stop_string_knows_its_beginning():
+    (chunk,) = chunks_of(FakeLlm(99, 100), resumed_tokens=(97, 98), stop=("bc",))
+    assert chunk == Chunk("", (99,), FinishReason.STOP)
 
 
 def params(**options):

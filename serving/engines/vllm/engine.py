@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import logging
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from typing import Any
@@ -34,6 +34,7 @@ from serving.engines.vllm.params import sampling_params
 _logger = logging.getLogger(__name__)
 _START_TIMEOUT_S = 900.0  # vLLM may compile kernels.
 _CLOSE_TIMEOUT_S = 30.0
+Start = Callable[[AsyncEngineArgs], Coroutine[Any, Any, AsyncLLM]]
 
 
 class VllmEngine:
@@ -45,8 +46,9 @@ class VllmEngine:
         info: EngineInfo,
         vocabulary: Vocabulary,
         adapters: Mapping[str, LoRARequest],
+        start: Start | None = None,
     ) -> None:
-        """Start vLLM; raises EngineError if it does not come up."""
+        """Start vLLM, or what `start` gives; raises EngineError if it does not come up."""
         self._info = info
         self._vocabulary = vocabulary
         self._adapters = dict(adapters)
@@ -59,7 +61,7 @@ class VllmEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
         try:
-            self._llm: AsyncLLM = self._call(_start(arguments)).result(_START_TIMEOUT_S)
+            self._llm: AsyncLLM = self._call((start or _start)(arguments)).result(_START_TIMEOUT_S)
         except Exception as error:
             self._stop_loop()
             raise EngineError(
@@ -72,7 +74,11 @@ class VllmEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """Yield chunks until one has a finish reason; closing the iterator cancels the work."""
-        answer = self._answer(request, Mailbox(asyncio.get_running_loop()))
+        mailbox = Mailbox(asyncio.get_running_loop())
+        if not request.resumed_tokens:
+            answer = self._answer(request, mailbox)
+        else:  # Going over many tokens may take seconds.
+            answer = await asyncio.to_thread(self._answer, request, mailbox)
         chunk = resume(answer)
         if chunk is not None:
             yield chunk
@@ -122,11 +128,15 @@ class VllmEngine:
 
     def _answer(self, request: GenerateRequest, mailbox: Mailbox) -> Answer:
         max_tokens = check_request(request, self._info, self._vocabulary)
-        detokenizer = Detokenizer(self._vocabulary.decoder, request.prompt_tokens, request.stop)
         return Answer(
             request,
             max_tokens,
-            detokenizer,
+            Detokenizer(
+                self._vocabulary.decoder,
+                request.prompt_tokens,
+                request.stop,
+                request.resumed_tokens,
+            ),
             SamplingState(SamplingRow(), None, None, None),  # vLLM samples.
             mailbox,
         )
@@ -150,14 +160,17 @@ class VllmEngine:
     # What follows runs on the engine's own event loop.
 
     async def _run(self, answer: Answer, params: Any) -> None:
-        """Let vLLM continue one sequence, and hand its chunks to the reader as they come."""
+        """Let vLLM continue one sequence, and hand its chunks and its end to the reader."""
         try:
             await self._follow(answer, params)
         except VLLMClientError as error:
             self._end(answer, RequestError(f"vLLM refuses the request: {error}"))
-        except (EngineDeadError, EngineGenerateError) as error:
+        except Exception as error:
             _logger.exception("vLLM failed")
-            self._end(answer, EngineError(f"vLLM failed: {error.__cause__ or error}"))
+            self._end(answer, EngineError(f"vLLM failed: {_reason(error)}"))
+        except asyncio.CancelledError:  # By the reader, who is gone, or within vLLM.
+            self._end(answer, EngineError("vLLM's work on this was cancelled."))
+            raise
         finally:
             self._forget(answer)
 
@@ -182,6 +195,7 @@ class VllmEngine:
                     self._end(answer, chunk)
                     return
                 deliver([(answer.mailbox, chunk)])
+        self._end(answer, EngineError("vLLM ended an answer without saying why."))
 
     def _end(self, answer: Answer, last: Chunk | EngineError | RequestError) -> None:
         """Deliver the last of an answer; whoever reads it finds it gone from the load."""
@@ -206,6 +220,12 @@ async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:
 
 async def _shut_down(llm: AsyncLLM) -> None:
     llm.shutdown()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, (EngineDeadError, EngineGenerateError)):
+        return str(error.__cause__ or error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _num_owed(answer: Answer) -> int:
