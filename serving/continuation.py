@@ -167,7 +167,7 @@ class ResumableEvents:
     def _give_up_or_go_on(self, error: Exception) -> list[Event]:
         """Forget the replica; return the end of the answer if no other one shall be asked."""
         if isinstance(error, NoReplicaError):
-            return self._finish(_unavailable(str(error)))
+            return self._finish(unavailable(str(error)))
         if self._attempt is not None:
             self._failed.add(self._attempt.replica)
             self._attempt.release()
@@ -178,7 +178,7 @@ class ResumableEvents:
         _logger.warning("a request lost its replica (loss %d): %s", self._num_losses, error)
         if self._num_losses >= MAX_LOSSES:
             return self._finish(
-                _unavailable(
+                unavailable(
                     f"{self._num_losses} replicas failed while they answered this. Try again."
                 )
             )
@@ -202,5 +202,6 @@ class ResumableEvents:
         return [] if refused is None else [refused]
 
 
-def _unavailable(message: str) -> Refused:
+def unavailable(message: str) -> Refused:
+    """Return the refusal of a request that no replica answers now."""
     return Refused(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after_s=1)

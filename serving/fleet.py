@@ -15,7 +15,7 @@ from http import HTTPStatus
 
 import msgspec
 
-from serving.continuation import MAX_LOSSES, NoReplicaError, ResumableEvents
+from serving.continuation import MAX_LOSSES, NoReplicaError, ResumableEvents, unavailable
 from serving.directory import HEARTBEAT_S, Directory
 from serving.members import Member, MemberAttempt, is_of, prompt_tokens, start_of
 from serving.membership import Membership
@@ -142,9 +142,9 @@ class Fleet:
         for route in self._table.routes:
             is_used = effective_weight(route, leases) > 0
             if is_used and not route.scales_to_zero and route.reference not in ready:
-                return _unavailable(f"model `{route.reference}` has no replica yet.")
+                return unavailable(f"model `{route.reference}` has no replica yet.")
         if not self._table.routes:
-            return _unavailable("no model is offered yet.")
+            return unavailable("no model is offered yet.")
         return None
 
     # What single requests ask.
@@ -199,7 +199,7 @@ class Fleet:
             try:
                 member = await self.member(model, affinity, failed, is_begun=bool(failed))
             except NoReplicaError as error:
-                return _unavailable(str(error))
+                return unavailable(str(error))
             failed.add(member.entry.replica)
             tokens = sum(map(prompt_tokens, request.inputs))
             member.tokens_in_flight += tokens
@@ -212,7 +212,7 @@ class Fleet:
                 member.tokens_in_flight -= tokens
             if not isinstance(answer, Refused) or answer.code != ENGINE_FAILED:
                 return answer
-        return _unavailable("the replicas that were asked failed. Try again in a moment.")
+        return unavailable("the replicas that were asked failed. Try again in a moment.")
 
     def _served(self, route: Route) -> ServedModel:
         """Return what a route offers; a replica knows what the table does not say."""
@@ -250,7 +250,3 @@ class _Version:
             member = await self._fleet.member(self._model, affinity, failed, is_begun=is_begun)
             with suppress(ReplicaLostError):  # Lost at this moment: the next one.
                 return MemberAttempt(member, request)
-
-
-def _unavailable(message: str) -> Refused:
-    return Refused(HTTPStatus.SERVICE_UNAVAILABLE, message, retry_after_s=1)

@@ -171,6 +171,26 @@ def test_generate_when_the_request_is_wrong_asks_no_other_replica():
     assert run(work()) == ([Refused(400, "too long")], 1)
 
 
+class RaisingReplica(CountingReplica):
+    """Fails at every request in a way that nobody foresaw."""
+
+    async def generate(self, asked):
+        self.asked.append(asked)
+        raise RecursionError("too deep")
+        yield
+
+
+def test_generate_when_a_replica_fails_unforeseen_asks_no_other():
+    async def work():
+        replicas = [RaisingReplica() for _ in range(3)]
+        async with setting(*replicas) as made:
+            events = await collect(made.fleet.generate(MODEL, request()))
+            return events, sum(len(replica.asked) for replica in replicas)
+
+    (refused,), num_asked = run(work())
+    assert (refused.status, refused.code, num_asked) == (500, "generation_failed", 1)
+
+
 def test_generate_when_no_replica_lives_is_503_at_once():
     async def work():
         async with setting(waits=Waits(5, 5, 5)) as made, asyncio.timeout(1):
