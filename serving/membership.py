@@ -1,17 +1,20 @@
 """The replicas that a gateway knows: named by the directory, each with a connection kept open.
 
 Takes the directory's snapshots; gives members, and says when anything about them changed. While the
-directory is away, the replicas it named last stay. It does not know versions, routes or requests.
+directory is away, the replicas it named last stay. One that it answers without for long is frozen
+or cut off, whatever its connection looks like: that is ended, so that its requests go elsewhere. It
+does not know versions, routes or requests.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Collection
+import time
+from collections.abc import Awaitable, Callable, Collection, Set
 from contextlib import suppress
 
 import msgspec
 
-from serving.directory import HEARTBEAT_S, Directory, Snapshot
+from serving.directory import EXPIRY_S, HEARTBEAT_S, Directory, Snapshot
 from serving.members import Member
 from serving.transport import ReplicaConnection, ReplicaLostError
 
@@ -19,15 +22,20 @@ _logger = logging.getLogger(__name__)
 _REDIAL_S = 0.25
 _WATCH_TIMEOUT_S = 5 * HEARTBEAT_S
 _LEASE_FAILURES = 5
+# A directory that starts afresh names everything within a second.
+_FORGOTTEN_S = 2 * EXPIRY_S
 
 
 class Membership:
     """Follows the directory and dials replicas; used on one event loop."""
 
-    def __init__(self, directory: Directory, node_id: str) -> None:
-        self._directory, self._node_id = directory, node_id
+    def __init__(
+        self, directory: Directory, node_id: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._directory, self._node_id, self._clock = directory, node_id, clock
         self._snapshot = Snapshot(-1, (), ())
         self._members: dict[str, Member] = {}
+        self._unnamed_since_s: dict[str, float] = {}
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -76,6 +84,7 @@ class Membership:
                     snapshot = await self._directory.watch(self._snapshot.revision, HEARTBEAT_S)
             except Exception as error:  # noqa: BLE001 - whatever it is, it may end: ask again
                 num_failures += 1
+                self._unnamed_since_s.clear()  # It names nobody now.
                 _logger.warning("the directory does not answer: %r", error)
                 if num_failures == _LEASE_FAILURES:  # Nobody can renew them: they have ended.
                     self._snapshot = msgspec.structs.replace(self._snapshot, leases=())
@@ -94,7 +103,18 @@ class Membership:
             elif not entry.is_draining:
                 self._members[entry.replica] = member = Member(entry)
                 self._spawn(self._keep_connected(member))
+        self._end_forgotten({entry.replica for entry in snapshot.replicas})
         self.tell()
+
+    def _end_forgotten(self, named: Set[str]) -> None:
+        """End connections of replicas that have not been named for long."""
+        now_s, known_s = self._clock(), self._unnamed_since_s
+        unnamed = self._members.keys() - named
+        self._unnamed_since_s = {replica: known_s.get(replica, now_s) for replica in unnamed}
+        for replica, since_s in self._unnamed_since_s.items():
+            if now_s - since_s >= _FORGOTTEN_S and self._members[replica].connection.is_open:
+                _logger.warning("replica %s is silent: its requests go elsewhere", replica)
+                self._members[replica].connection.abort()
 
     async def _keep_connected(self, member: Member) -> None:
         """Connect, and again whenever the connection breaks, as long as the replica is named."""

@@ -6,6 +6,8 @@ request whose connection breaks ends with ReplicaLostError: what then is done is
 
 import asyncio
 import logging
+import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
@@ -33,6 +35,9 @@ from serving.replica_server import ReplicaAddress
 
 _logger = logging.getLogger(__name__)
 _CONNECT_TIMEOUT_S = 5.0
+# A node that is gone says nothing, not even that it is: what it leaves unanswered tells.
+_PROBE_S = 3
+_UNANSWERED_S = 10
 
 
 class ReplicaLostError(Exception):
@@ -86,12 +91,18 @@ class ReplicaConnection:
         """End the connection and with it every request on it."""
         self._protocol.close()
 
+    def abort(self) -> None:
+        """End the connection without what is still to be sent: nobody may read it any more."""
+        self._protocol.abort()
+
     async def _connect(self, address: ReplicaAddress, node_id: str) -> None:
         loop = asyncio.get_running_loop()
         if address.node_id == node_id and Path(address.socket_path).exists():  # noqa: ASYNC240
             await loop.create_unix_connection(lambda: self._protocol, address.socket_path)
         else:
-            await loop.create_connection(lambda: self._protocol, address.host, address.port)
+            host, port = address.host, address.port
+            transport, _ = await loop.create_connection(lambda: self._protocol, host, port)
+            _bound_silence(transport.get_extra_info("socket"))
 
 
 class ConnectionEvents:
@@ -184,6 +195,10 @@ class _Protocol(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -273,3 +288,15 @@ class _Protocol(asyncio.Protocol):
         asks, self._outbox = self._outbox, []
         if asks and self.is_open and self._transport is not None:
             self._transport.write(pack(asks))
+
+
+def _bound_silence(connected: socket.socket) -> None:
+    """Have the system end a connection whose other side acknowledges nothing; see tcp(7)."""
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":  # Elsewhere the system's own times apply.
+        for option, value in (
+            (socket.TCP_KEEPIDLE, _PROBE_S),
+            (socket.TCP_KEEPINTVL, _PROBE_S),
+            (socket.TCP_USER_TIMEOUT, 1000 * _UNANSWERED_S),
+        ):
+            connected.setsockopt(socket.IPPROTO_TCP, option, value)
