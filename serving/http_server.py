@@ -21,6 +21,7 @@ _KEEP_ALIVE_S = 75
 _MAX_CONNECTIONS = 4096
 _BACKLOG = 1024
 _STARTUP_POLL_S = 0.01
+_FAREWELL_TIMEOUT_S = 2.0
 
 
 class HttpServer:
@@ -62,16 +63,26 @@ class HttpServer:
             raise PortTakenError(f"the gateway did not start on port {self.port}; see its log.")
 
     @property
+    def has_started(self) -> bool:
+        """Whether it was started, though it may have ended since."""
+        return self._serving is not None
+
+    @property
     def is_serving(self) -> bool:
         """Whether connections are answered."""
         return self._serving is not None and not self._serving.done()
 
     async def stop(self, drain_s: float) -> None:
-        """Accept nothing new, let answers end within `drain_s`, then cut the rest."""
+        """Accept nothing new, let answers end within `drain_s`, then cut the rest.
+
+        What is cut may still say so to its client and settle its account.
+        """
         self._server.config.timeout_graceful_shutdown = max(1, round(drain_s))
         self._server.should_exit = True
         if self._serving is not None:
             await self._serving
+        if cut := set(self._server.server_state.tasks):
+            await asyncio.wait(cut, timeout=_FAREWELL_TIMEOUT_S)
         self._socket.close()
 
 

@@ -4,10 +4,11 @@ Takes a request and its rendering; gives an ASGI response. It does not know the 
 how a backend works.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -35,6 +36,13 @@ _INCOMPLETE = Refused(
     code="answer_incomplete",
     retry_after_s=1,
 )
+_STOPPED = Refused(
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    "the answer was cut short: the server stops. Ask again.",
+    code="server_stopping",
+    retry_after_s=1,
+)
+_FAREWELL_TIMEOUT_S = 1.0
 _STALLED = Refused(HTTPStatus.REQUEST_TIMEOUT, "the client stopped reading.", code="client_stalled")
 
 
@@ -181,15 +189,31 @@ class _Answer(Response):
             await wire.watch()
             call.refused = _STALLED
 
-        has_ended = await run_while_connected(receive, work, watch if question.is_stream else None)
+        try:
+            has_ended = await run_while_connected(
+                receive, work, watch if question.is_stream else None
+            )
+        except asyncio.CancelledError:  # The server stops: a client that leaves raises nothing.
+            await self._say_stopped(wire)
+            raise
         call.has_left = not has_ended
+
+    async def _say_stopped(self, wire: Wire) -> None:
+        if not wire.has_started or wire.has_ended:
+            return
+        with suppress(TimeoutError):  # A client that reads nothing does not hold the server up.
+            async with asyncio.timeout(_FAREWELL_TIMEOUT_S):
+                await self._fail(_STOPPED, wire)
 
     async def _refuse(
         self, refused: Refused, wire: Wire, connection: tuple[Scope, Receive, Send]
     ) -> None:
         if not wire.has_started:
             await RefusalResponse(refused)(*connection)
-            return
+        else:
+            await self._fail(refused, wire)
+
+    async def _fail(self, refused: Refused, wire: Wire) -> None:
         self._call.refused = refused
         _logger.warning("request %s was cut short: %s", self._call.request_id, refused.code)
         await wire.fail(refused)

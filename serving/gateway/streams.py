@@ -36,7 +36,7 @@ class Wire:
         self._lock = asyncio.Lock()
         self._num_writes = 0
         self._is_closed = False
-        self.has_started = False
+        self.has_started = self.has_ended = False
 
     async def write(self, lines: bytes, *, is_last: bool = False) -> None:
         """Send lines; returns when the client can take more."""
@@ -47,6 +47,7 @@ class Wire:
                 await self._send({**_START, "headers": headers})
             body = {"type": "http.response.body", "body": lines, "more_body": not is_last}
             await self._send(body)
+            self.has_ended = is_last
         self._num_writes += 1
 
     async def finish(self, lines: bytes = b"") -> None:

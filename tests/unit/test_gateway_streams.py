@@ -245,6 +245,50 @@ def test_stream_when_client_stops_reading_is_cancelled():
     assert gateway.accounts.only().settled[0].generated_tokens == 1
 
 
+@pytest.mark.parametrize("is_reading", [True, False])
+def test_stream_when_the_server_stops_says_so_in_an_error_event(is_reading):
+    gateway = Gateway(FakeBackend(*hello()[:1]))
+
+    async def scenario():
+        gateway.backend.release = asyncio.Event()
+        connection = Connection(body_of(stream=True))
+        call = asyncio.create_task(drive(gateway.app, connection))
+        while len(connection.sent) < 2:  # noqa: ASYNC110 - no event for the second message
+            await asyncio.sleep(0)
+        if not is_reading:
+            connection.may_send.clear()
+        call.cancel()
+        async with asyncio.timeout(5):
+            with pytest.raises(asyncio.CancelledError):
+                await call
+        return connection
+
+    connection = asyncio.run(scenario())
+    *_, error, done, _ = connection.body.split(b"\n\n")
+    document = json.loads(error.removeprefix(b"event: error\ndata: "))
+    assert document["error"]["code"] == "server_stopping"
+    assert done == b"data: [DONE]"
+    assert gateway.backend.started[0].is_closed
+    assert gateway.accounts.only().settled[0].generated_tokens == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_completion_when_the_server_stops_before_the_answer_sends_no_part_of_one(stream):
+    gateway = Gateway(FakeBackend([]))
+
+    async def scenario():
+        gateway.backend.release = asyncio.Event()
+        connection = Connection(body_of(stream=stream))
+        call = asyncio.create_task(drive(gateway.app, connection))
+        await gateway.backend.was_asked.wait()
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        return connection.sent
+
+    assert asyncio.run(scenario()) == []
+    assert gateway.accounts.only().settled == [None]
+
+
 def test_stream_when_the_reader_is_late_merges_what_came_in_between():
     batch = [
         Started(1),

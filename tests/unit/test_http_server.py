@@ -115,6 +115,35 @@ def test_stop_when_an_answer_is_under_way_lets_it_end():
     assert not is_serving
 
 
+def test_stop_when_an_answer_takes_too_long_lets_it_say_so_and_waits_for_that():
+    async def says_goodbye(scope, receive, send) -> None:
+        if scope["type"] == "lifespan":
+            return await application(scope, receive, send)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"begun,", "more_body": True})
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.1)
+            await send({"type": "http.response.body", "body": b"goodbye"})
+            raise
+
+    async def work():
+        server = HttpServer(says_goodbye, "127.0.0.1", 0)
+        await server.start()
+        asked = asyncio.create_task(talk(server.port, REQUEST))
+        await asyncio.sleep(0.1)
+        await server.stop(0)
+        num_left = len(server._server.server_state.tasks)
+        return num_left, await asked
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        num_left, answer = runner.run(work())
+    assert num_left == 0
+    assert b"begun," in answer
+    assert answer.rstrip().endswith(b"goodbye\r\n0")
+
+
 def test_server_when_a_successor_binds_the_same_port_both_answer():
     async def work(server):
         successor = HttpServer(application, "127.0.0.1", server.port)
