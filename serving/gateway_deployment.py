@@ -15,6 +15,7 @@ from ray.serve.exceptions import RayServeException
 from cluster.config import parse_config
 from cluster.errors import ClusterError
 from cluster.steward import RemoteSteward
+from serving.directory import Directory
 from serving.fleet import Fleet, Waits
 from serving.gateway.accounts_client import LedgerAccounts
 from serving.gateway.app import create_app
@@ -44,22 +45,23 @@ class GatewayDeployment:
     """One gateway; see `serving.app.build`."""
 
     def __init__(self, ledger: str | None, limits: GatewayLimits, options: GatewayOptions) -> None:
-        """Listen at once: without a routing table no model is offered yet."""
+        """Take the port, but answer nothing yet: without a table there would be no model."""
         start_access_log()
         self._drain_s = options.drain_s
         self._thread = LoopThread("gateway")
         node_id = ray.get_runtime_context().get_node_id()
         self._fleet, self._accounts, self._http = self._thread.run(
-            _start(ledger, limits, options, node_id)
+            _start(ledger, limits, options, RayDirectory(), node_id)
         )
 
     def reconfigure(self, config: dict[str, Any]) -> None:
         """Take a new routing table, and return once what it names can be asked, or soon.
 
+        The first one opens the port: until then the gateway that this one replaces answers alone.
         Raises ConfigError.
         """
         table = parse_config(RoutingTable, config, "the gateway's user_config")
-        self._thread.run(_set_table(self._fleet, table))
+        self._thread.run(_set_table(self._fleet, self._http, table))
 
     def check_health(self) -> None:
         """Raise ClusterError if the port is not served; Ray Serve then starts another gateway."""
@@ -97,17 +99,21 @@ async def stop(http: HttpServer, accounts: LedgerAccounts, fleet: Fleet, drain_s
 
 
 async def _start(
-    ledger: str | None, limits: GatewayLimits, options: GatewayOptions, node_id: str
+    ledger: str | None,
+    limits: GatewayLimits,
+    options: GatewayOptions,
+    directory: Directory,
+    node_id: str,
 ) -> tuple[Fleet, LedgerAccounts, HttpServer]:
-    waits = Waits(cold_start_s=options.cold_start_s)
-    fleet = Fleet(RayDirectory(), node_id, wake, waits)
+    fleet = Fleet(directory, node_id, wake, Waits(cold_start_s=options.cold_start_s))
     accounts = LedgerAccounts(ledger, RemoteSteward(ledger))
     server = HttpServer(create_app(fleet, accounts, limits), options.host, options.port)
     fleet.start()
-    await server.start()
     return fleet, accounts, server
 
 
-async def _set_table(fleet: Fleet, table: RoutingTable) -> None:
+async def _set_table(fleet: Fleet, server: HttpServer, table: RoutingTable) -> None:
     fleet.set_table(table)
     await fleet.wait_ready(_READY_TIMEOUT_S)
+    if not server.has_started:
+        await server.start()
