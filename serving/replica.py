@@ -86,7 +86,7 @@ class EngineReplica:
             return _wrong_task("embed", "/v1/completions")
         try:
             inputs = await self._encode(request.inputs)
-            vectors = await self._embedder.embed(inputs)
+            vectors = await self._embedder.embed(inputs, request.team)
             cut = tuple(_cut(vector, request.dimensions) for vector in vectors)
         except (RequestError, EngineError) as error:
             return self._refusal(error, "input")

@@ -186,10 +186,11 @@ class EmbeddingEngine(Protocol):
         """Return what this engine runs; its task is `embed`."""
         ...
 
-    async def embed(self, inputs: Sequence[tuple[int, ...]]) -> list[list[float]]:
+    async def embed(self, inputs: Sequence[tuple[int, ...]], tenant: str = "") -> list[list[float]]:
         """Return a vector of unit length for each input; cancelling the call cancels the work.
 
-        Raises RequestError if an input does not fit the model, EngineError if the engine stopped.
+        Tenants get equal shares of the engine's tokens. Raises RequestError if an input does not
+        fit the model, EngineError if the engine stopped.
         """
         ...
 

@@ -178,6 +178,45 @@ def test_embed_when_cancelled_is_not_computed(gated, gate):
     assert gated.stats().prompt_tokens == 3
 
 
+def test_embed_when_tenants_ask_for_unequal_amounts_gives_the_least_served_its_turn(gated, gate):
+    async def ask():
+        first = asyncio.create_task(gated.embed([(1,)], "large"))
+        await asyncio.to_thread(gate.started.acquire)
+        large = [asyncio.create_task(gated.embed([(2,) * 5] * 4, "large")) for _ in range(2)]
+        await asyncio.sleep(0)
+        small = asyncio.create_task(gated.embed([(3,) * 5, (4,) * 3], "small"))
+        await asyncio.sleep(0)
+        for _ in range(100):
+            gate.allowed.release()
+        return await asyncio.gather(first, *large, small)
+
+    answers = asyncio.run(ask())
+    assert [tokens[0] for tokens in gate.passes[1] + gate.passes[2]] == [2, 3, 2, 4]
+    assert [len(tokens) for tokens in gate.passes[3]] == [5, 5]
+    assert [[vector[0] for vector in vectors] for vectors in answers] == [
+        [1],
+        [5] * 4,
+        [5] * 4,
+        [5, 3],
+    ]
+    stats = gated.stats()
+    assert (stats.tokens_in_flight, stats.num_waiting, stats.prompt_tokens) == (0, 0, 49)
+
+
+def test_embed_when_a_tenant_asks_for_much_keeps_its_calls_in_order(gated, gate):
+    async def ask():
+        first = asyncio.create_task(gated.embed([(1,)], "a"))
+        await asyncio.to_thread(gate.started.acquire)
+        calls = [asyncio.create_task(gated.embed([(n,) * 10], "a")) for n in range(2, 6)]
+        await asyncio.sleep(0)
+        for _ in range(100):
+            gate.allowed.release()
+        await asyncio.gather(first, *calls)
+
+    asyncio.run(ask())
+    assert [tokens[0] for (tokens,) in gate.passes] == [1, 2, 3, 4, 5]
+
+
 def test_embed_when_the_model_raises_ends_all_calls_and_stays_ended():
     def fail(inputs):
         raise RuntimeError("out of memory")

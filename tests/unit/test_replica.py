@@ -220,6 +220,29 @@ def test_embed_when_the_model_generates_names_the_other_route(replica):
     assert "/v1/completions" in refused.message
 
 
+class Recording:
+    """An encoder that remembers who asked for what."""
+
+    def __init__(self):
+        self.asked = []
+
+    async def embed(self, inputs, tenant=""):
+        self.asked.append((inputs, tenant))
+        return [[1.0, 0.0] for _ in inputs]
+
+
+def test_embed_when_a_team_asks_tells_the_engine_which(directory):
+    model = EngineReplica(str(directory), "native", {"max_slots": 4})
+    try:
+        model._embedder = encoder = Recording()
+        asked = EmbeddingRequest((TokenPrompt((5, 6)),), team="small")
+        embedded = asyncio.run(model.embed(asked))
+    finally:
+        model.close()
+    assert encoder.asked == [([(5, 6)], "small")]
+    assert embedded.prompt_tokens == 2
+
+
 @pytest.mark.parametrize(
     ("bad", "code"),
     [(TokenPrompt((5,) * 33), "context_length_exceeded"), (TokenPrompt((300,)), None)],

@@ -3,16 +3,16 @@
 Takes token ids from any event loop; gives a vector for each input. It does not know about HTTP,
 Ray, or how an encoder computes.
 
-Inputs lie one behind the other in a pass, without padding, so a pass takes what came first up to
-`max_batch_tokens` tokens, long and short ones alike. Nothing waits for company: while a pass runs
-the next one gathers.
+Inputs lie one behind the other in a pass, without padding, so a pass takes up to `max_batch_tokens`
+tokens, long and short ones alike. The least served tenant's input is next, and of one tenant what
+came first. Nothing waits for company: while a pass runs the next one gathers.
 """
 
 import asyncio
+import heapq
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from serving.engines.native.checks import check_tokens
 from serving.engines.native.config import EngineConfig
 from serving.engines.native.engine_thread import EngineThread, Work
 from serving.engines.native.memory import activation_dtype, choose_device
+from serving.engines.native.tenants import TenantOf, TenantsOf
 
 _logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class _Call:
     """One caller's inputs and the vectors that were computed for them so far, in order."""
 
     inputs: list[tuple[int, ...]]
+    tenant: str
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[list[list[float]]]
     submitted_s: float
@@ -51,7 +53,7 @@ class _Call:
         return len(self.inputs) - self.num_taken
 
 
-_Batch = list[tuple[_Call, list[tuple[int, ...]]]]
+_Batch = dict[_Call, list[tuple[int, ...]]]
 
 
 class NativeEmbedder:
@@ -69,27 +71,28 @@ class NativeEmbedder:
         self._info = info
         self._max_batch_tokens = max_batch_tokens
         self._clock = clock
-        self._waiting: deque[_Call] = deque()
-        self._batch: _Batch = []
+        self._tenants: TenantsOf[_Call] = TenantsOf()
+        self._waiting: dict[_Call, None] = {}  # Of all tenants; other threads read it, too.
+        self._batch: _Batch = {}
         self._num_running = self._tokens_waiting = self._prompt_tokens = self._num_passes = 0
         self._lock = threading.Lock()  # Guards `_tokens_waiting`.
         self._thread = EngineThread(
             "native-embedder",
-            Work(lambda: not self._waiting, self._waiting.append, self._tick, self._end),
+            Work(lambda: not self._waiting, self._take, self._tick, self._end),
         )
 
     def info(self) -> EngineInfo:
         """Return what this engine runs."""
         return self._info
 
-    async def embed(self, inputs: Sequence[tuple[int, ...]]) -> list[list[float]]:
+    async def embed(self, inputs: Sequence[tuple[int, ...]], tenant: str = "") -> list[list[float]]:
         """Return a vector of unit length for each input; cancelling the call cancels the work."""
         for tokens in inputs:
             self._check(tokens)
         if not inputs:
             return []
         loop = asyncio.get_running_loop()
-        call = _Call(list(inputs), loop, loop.create_future(), self._clock())
+        call = _Call(list(inputs), tenant, loop, loop.create_future(), self._clock())
         self._submit(call)
         try:
             return await call.answer
@@ -133,50 +136,63 @@ class NativeEmbedder:
 
     # What follows runs on the engine's thread.
 
+    def _take(self, call: _Call) -> None:
+        self._waiting[call] = None
+        self._tenants.enter(call.tenant).waiting.append(call)
+
     def _tick(self) -> None:
         self._batch = batch = self._schedule()
         if not batch:
             return
-        inputs = [tokens for _, taken in batch for tokens in taken]
+        inputs = [tokens for taken in batch.values() for tokens in taken]
         self._num_running = len(inputs)
         with torch.inference_mode():
             vectors_NC = self._compute(inputs)
         vectors: list[list[float]] = vectors_NC.tolist()
-        self._num_running, self._batch = 0, []
+        self._num_running, self._batch = 0, {}
         self._collect(batch, vectors)
 
     def _schedule(self) -> _Batch:
-        """Take inputs off the queue, up to the budget of tokens but at least one."""
-        batch: _Batch = []
+        """Take inputs, the least served tenant's first, up to the budget but at least one."""
+        batch: _Batch = {}
         budget = self._max_batch_tokens
-        while self._waiting:
-            call = self._waiting[0]
-            if call.is_cancelled:
-                self._forget(call)
+        # Places keep the order of tenants that were served alike.
+        turns = [(t.served, place, t) for place, t in enumerate(self._tenants.active())]
+        while turns:
+            _, place, tenant = turns[0]
+            call = self._next_call(tenant)
+            if call is None:
+                heapq.heappop(turns)
                 continue
-            taken: list[tuple[int, ...]] = []
-            for tokens in call.inputs[call.num_taken :]:
-                if len(tokens) > budget and (batch or taken):
-                    break
-                taken.append(tokens)
-                budget -= len(tokens)
-            if taken:
-                call.num_taken += len(taken)
-                batch.append((call, taken))
-            if call.num_waiting:
+            tokens = call.inputs[call.num_taken]
+            if len(tokens) > budget and batch:
                 break
-            self._waiting.popleft()
+            batch.setdefault(call, []).append(tokens)
+            call.num_taken += 1
+            budget -= len(tokens)
+            tenant.served += len(tokens)
+            if not call.num_waiting:
+                self._drop_first(tenant)
+            heapq.heapreplace(turns, (tenant.served, place, tenant))
         return batch
 
-    def _forget(self, call: _Call) -> None:
-        self._waiting.popleft()
+    def _next_call(self, tenant: TenantOf[_Call]) -> _Call | None:
+        """Return a tenant's first call that still wants vectors, and drop those before it."""
+        while tenant.waiting and tenant.waiting[0].is_cancelled:
+            self._drop_first(tenant)
+        return tenant.waiting[0] if tenant.waiting else None
+
+    def _drop_first(self, tenant: TenantOf[_Call]) -> None:
+        call = tenant.waiting.popleft()
+        del self._waiting[call]
+        self._tenants.leave(tenant)
         with self._lock:
             self._tokens_waiting -= sum(map(len, call.inputs[call.num_taken :]))
 
     def _collect(self, batch: _Batch, vectors: list[list[float]]) -> None:
         num_tokens, start = 0, 0
         done: dict[asyncio.AbstractEventLoop, list[_Call]] = {}
-        for call, taken in batch:
+        for call, taken in batch.items():
             call.vectors += vectors[start : start + len(taken)]
             start += len(taken)
             num_tokens += sum(map(len, taken))
@@ -190,8 +206,7 @@ class NativeEmbedder:
             _wake(loop, calls, None)
 
     def _end(self, failure: EngineError, commands: list[_Call]) -> None:
-        self._waiting += commands
-        for call in {*self._waiting, *(call for call, _ in self._batch)}:
+        for call in {*self._waiting, *commands, *self._batch}:
             _wake(call.loop, [call], failure)
 
 

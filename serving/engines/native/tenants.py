@@ -1,7 +1,7 @@
 """Equal shares of the engine between those who use it, counted in tokens.
 
 Takes what each tenant was given; says whose turn it is, and how much of a pass each may take. Pure:
-it does not know about blocks, slots or models.
+it does not know about blocks, slots or models, or what it is that waits.
 
 Service is counted as in the virtual token counter of Sheng et al. (2024), "Fairness in Serving
 Large Language Models": the tenant with the least service is next, and one that comes back from a
@@ -11,40 +11,42 @@ pause starts where the least served of the others stands, so that idle time is n
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from serving.engines.native.sequence import Sequence
 
+WorkT = TypeVar("WorkT")
 _HEAVY = 2  # Times the fewest sequences of a tenant, above which another is held back.
 
 
 @dataclass(eq=False)
-class Tenant:
-    """One tenant's sequences, and the tokens computed for it so far (`served`)."""
+class TenantOf(Generic[WorkT]):
+    """One tenant's work, and the tokens computed for it so far (`served`)."""
 
     name: str
     served: int = 0
-    waiting: deque[Sequence] = field(default_factory=deque)
-    running: list[Sequence] = field(default_factory=list)
+    waiting: deque[WorkT] = field(default_factory=deque)
+    running: list[WorkT] = field(default_factory=list)
 
     @property
     def is_active(self) -> bool:
-        """Whether any of its sequences waits or runs."""
+        """Whether any of its work waits or runs."""
         return bool(self.waiting or self.running)
 
 
-class Tenants:
+class TenantsOf(Generic[WorkT]):
     """All tenants that are active, or still ahead of the others."""
 
     def __init__(self) -> None:
-        self._tenants: dict[str, Tenant] = {}
+        self._tenants: dict[str, TenantOf[WorkT]] = {}
         self._floor = 0  # What the last tenant that was active had been served.
 
-    def active(self) -> list[Tenant]:
+    def active(self) -> list[TenantOf[WorkT]]:
         """Return active tenants, the least served first."""
         active = [tenant for tenant in self._tenants.values() if tenant.is_active]
         return sorted(active, key=lambda tenant: tenant.served) if len(active) > 1 else active
 
-    def enter(self, name: str) -> Tenant:
+    def enter(self, name: str) -> TenantOf[WorkT]:
         """Return a tenant that is about to become active, or is."""
         tenant = self._tenants.get(name)
         if tenant is not None and tenant.is_active:
@@ -52,16 +54,16 @@ class Tenants:
         active = self.active()
         floor = active[0].served if active else self._floor
         self._forget(floor)
-        tenant = self._tenants.setdefault(name, Tenant(name))
+        tenant = self._tenants.setdefault(name, TenantOf(name))
         tenant.served = max(tenant.served, floor)
         return tenant
 
-    def get(self, name: str) -> Tenant:
+    def get(self, name: str) -> TenantOf[WorkT]:
         """Return a tenant that has entered."""
         return self._tenants[name]
 
-    def leave(self, tenant: Tenant) -> None:
-        """Note that a tenant may have no sequence left."""
+    def leave(self, tenant: TenantOf[WorkT]) -> None:
+        """Note that a tenant may have no work left."""
         if not any(other.is_active for other in self._tenants.values()):
             self._floor = max(self._floor, tenant.served)
 
@@ -72,6 +74,10 @@ class Tenants:
             for name, tenant in self._tenants.items()
             if tenant.is_active or tenant.served > floor
         }
+
+
+Tenant = TenantOf[Sequence]
+Tenants = TenantsOf[Sequence]
 
 
 def limits(num_sequences: Mapping[str, int], budget: int, spare: int | None) -> dict[str, int]:
