@@ -7,7 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from serving.engines._protocol import MAX_STOP_STRINGS, StopString
+from serving.engines._protocol import (
+    MAX_REPETITION_PENALTY,
+    MAX_STOP_STRINGS,
+    MIN_REPETITION_PENALTY,
+    StopString,
+)
 from serving.gateway.schemas_base import IGNORED, MAX_TOKENS, Body, ModelName
 from serving.gateway.schemas_structure import Structured
 from serving.messages import Sampling, Structure
@@ -50,7 +55,10 @@ class Generation(Structured):
         default=None, ge=-2, le=2, description="The same, for each time."
     )
     repetition_penalty: float | None = Field(
-        default=None, gt=0, le=10, description="Against tokens of prompt and answer (extension)."
+        default=None,
+        ge=MIN_REPETITION_PENALTY,
+        le=MAX_REPETITION_PENALTY,
+        description="Against tokens of prompt and answer (extension).",
     )
     logit_bias: dict[BiasedToken, Bias] | None = Field(
         default=None, max_length=MAX_BIASES, description="Added to logits, by token id."

@@ -119,6 +119,7 @@ def test_completion_when_fields_have_no_effect_is_answered(gateway, fields):
         ({"temperature": "hot"}, "temperature", "'hot'"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"top_k": 0}, "top_k", "greater than or equal to 1"),
+        ({"repetition_penalty": 1e-30}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"seed": 2**63}, "seed", "less than or equal to"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
         ({"stop": ""}, "stop", "1 to 256"),

@@ -220,6 +220,21 @@ def test_row_when_repetition_is_penalised_counts_the_prompt_too():
     assert edited(state) == [0.5, -2.0, 2.0, 1.5]
 
 
+@pytest.mark.parametrize("penalty", [0.01, 10.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sample_when_repetition_is_penalised_at_a_bound_stays_finite(penalty, sign):
+    largest = sign * torch.finfo(torch.float32).max
+    state = state_of((0, 1, 2, 3), repetition_penalty=penalty)
+    assert all(map(math.isfinite, edited(state, (largest, largest, largest, largest))))
+    assert sample(torch.full((1, 4), largest), [state.row(0.0)]) == [0]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1e-30, 0.0099, 10.1, math.nan])
+def test_request_when_repetition_penalty_is_out_of_bounds_is_refused(penalty):
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        GenerateRequest(prompt_tokens=(1,), repetition_penalty=penalty)
+
+
 def test_rollback_when_tokens_were_accepted_forgets_them():
     state = state_of(presence_penalty=0.5, repetition_penalty=2.0)
     before = edited(state)

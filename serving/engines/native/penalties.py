@@ -17,6 +17,7 @@ from torch import Tensor
 from cluster.errors import RequestError
 
 MAX_BIAS = 100.0
+_MAX_LOGIT = torch.finfo(torch.float32).max
 
 
 class LogitEdit(Protocol):
@@ -128,5 +129,6 @@ def _penalised(logits_M: Tensor, counts_M: Tensor, num_prompt_ids: int, rates: R
         is_seen_M[:num_prompt_ids] = True
         factor = rates.repetition
         repeated_M = torch.where(logits_M > 0, logits_M / factor, logits_M * factor)
+        repeated_M.clamp_(-_MAX_LOGIT, _MAX_LOGIT)  # What is finite stays so.
         logits_M = torch.where(is_seen_M, repeated_M, logits_M)
     return logits_M - rates.frequency * counts_M - rates.presence * is_generated_M
