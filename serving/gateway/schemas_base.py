@@ -20,7 +20,7 @@ TokenId = Annotated[int, Field(ge=0, le=2**31)]
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
 ModelName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)]
-# These never change an answer.
+# These never change an answer; docs/http-api.md lists them.
 IGNORED = frozenset(
     {
         "metadata",

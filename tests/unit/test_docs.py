@@ -9,6 +9,9 @@ import pytest
 
 from cluster.config import load_config
 from jobs import config as job_configs
+from serving.continuation import unavailable
+from serving.gateway.schemas_base import IGNORED
+from serving.messages import GENERATION_FAILED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,3 +59,17 @@ def test_every_field_of_a_configuration_has_a_sentence(generator: ModuleType):
 def test_every_recipe_is_a_valid_configuration(recipe: str, model: str):
     config = load_config(getattr(job_configs, model), ROOT / f"deploy/recipes/{recipe}.yaml")
     assert config.model_dump()
+
+
+def test_http_page_names_every_field_that_is_accepted_and_does_nothing():
+    page = (ROOT / "docs/http-api.md").read_text(encoding="utf-8")
+    sentence = page.partition("are accepted and do nothing:")[2].partition("; so are")[0]
+    assert set(re.findall(r"`(\w+)`", sentence)) == IGNORED
+
+
+def test_http_page_when_an_answer_fails_says_which_codes_come_with_which_status():
+    page = (ROOT / "docs/http-api.md").read_text(encoding="utf-8")
+    assert f"| 500 | `{GENERATION_FAILED}` |" in page
+    refused = unavailable("no replica")
+    assert refused.code is None
+    assert f"| {refused.status} | | no replica lives now, or one after another was lost" in page
