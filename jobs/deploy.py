@@ -4,10 +4,12 @@ Takes a DeployConfig; gives the version that answers. One application runs each 
 gateway, whose routing table says which versions get requests. They are named by their import path,
 as data, so nothing of `serving` is imported here. A new version of a name comes up beside the old
 one, takes over its requests, and then the old one is stopped; other applications stay as they are.
+Serve only takes all applications at once, so what runs is read again before each change: what
+another deployment or rollout did in the meantime stays.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +18,8 @@ from cluster.errors import ClusterError, ConfigError
 from cluster.ledger_schema import public_url
 from cluster.storage import resolve_output
 from jobs.config import DeployConfig
+from jobs.models import _hf
+from jobs.models._bert import is_encoder, read_encoder_config
 from jobs.registry import Entry, Registry
 
 GATEWAY_IMPORT = "serving.app:build"
@@ -43,33 +47,30 @@ class Api(Protocol):
 def deploy(config: DeployConfig, registry_root: str, api: Api) -> Entry:
     """Deploy the model, wait until it answers, and stop other versions of it.
 
-    Raises ModelNotFoundError or IntegrityError before anything is changed, and ClusterError with
-    Serve's own message if the model does not come up within `ready_timeout_s`: what answered
-    before then still does.
+    Raises ModelNotFoundError, ModelFormatError or IntegrityError before anything is changed, and
+    ClusterError with Serve's own message if the model does not come up within `ready_timeout_s`:
+    what answered before then still does.
     """
     root = resolve_output(registry_root)
     entry = Registry(root).resolve(config.model)
+    engine, route = engine_app(config, root, entry), route_to(entry, config)
+    gateway, names = config.application, (engine["name"], config.application)
     before = running_apps(api.details())
-    routes = routes_of(before, config.application)
-    others = [route for route in routes if route["name"] != entry.name]
-    engine = engine_app(config, root, entry)
-    new_routes = [*others, route_to(entry, config)]
-    # While the new version comes up, requests for its name still go where they went.
-    meanwhile = new_routes if len(others) == len(routes) else routes
-    apps = {**before, engine["name"]: engine}
-    apps[config.application] = gateway_app(config, before, api.http_port, meanwhile)
-    names = (engine["name"], config.application)
+    has_routes = any(each["name"] == entry.name for each in routes_of(before, gateway))
+    asked = {**before, engine["name"]: engine}
+    asked[gateway] = gateway_app(config, before, api.http_port, routes_of(before, gateway))
+    if not has_routes:  # Else, while the new version comes up, requests still go where they went.
+        asked = with_own_routes(asked, gateway, entry.name, [route])
     try:
-        apply(api, apps)
+        apply(api, asked)
         wait_until_running(api, names, config.ready_timeout_s)
     except ClusterError:
-        apply(api, before)
+        apply(api, _taken_back(running_apps(api.details()), before, asked, names))
         raise
-    if meanwhile is not new_routes:
-        apps = with_routes(apps, config.application, new_routes)
-        apply(api, apps)
+    if has_routes:
+        apply(api, with_own_routes(running_apps(api.details()), gateway, entry.name, [route]))
         wait_until_running(api, names, config.ready_timeout_s)
-    if kept := without_other_versions(apps, entry):
+    if kept := without_other_versions(running_apps(api.details()), entry, before):
         apply(api, kept)
     return entry
 
@@ -121,10 +122,30 @@ def route_to(entry: Entry, config: DeployConfig, **changes: Any) -> App:
         "name": entry.name,
         "version": entry.version,
         "weight": 1.0,
-        "published_s": published_s(entry),
+        **described(entry, config.engine_options),
         "application": engine_name(entry.name, entry.version),
         "scales_to_zero": config.scaling is not None and config.scaling.min_replicas == 0,
         **changes,
+    }
+
+
+def described(entry: Entry, engine_options: Mapping[str, Any]) -> App:
+    """Return what a route says of a model, for as long as no replica says it: one may be asleep.
+
+    Raises ModelFormatError, or ConfigError for a wrong manifest.
+    """
+    document = _hf.read_config(entry.path)
+    embeds = is_encoder(document)
+    fitting = (
+        read_encoder_config(entry.path).max_seq_len
+        if embeds
+        else document.get("max_position_embeddings")
+    )
+    known = [each for each in (fitting, engine_options.get("max_len")) if isinstance(each, int)]
+    return {
+        "published_s": published_s(entry),
+        "task": "embed" if embeds else "generate",
+        "context_tokens": min(known, default=None),
     }
 
 
@@ -145,18 +166,35 @@ def routes_of(apps: Apps, gateway: str) -> list[App]:
 
 
 def with_routes(apps: Apps, gateway: str, routes: Sequence[App]) -> dict[str, App]:
-    """Return the applications with another routing table; nothing of them restarts for it."""
+    """Return the applications with another routing table; nothing of them restarts for it.
+
+    Raises ClusterError if the gateway does not run.
+    """
+    if gateway not in apps:
+        raise ClusterError(f"the gateway's application `{gateway}` was stopped. Deploy it again.")
     changed = {**apps[gateway], "deployments": [_gateway_deployment(routes)]}
     return {**apps, gateway: changed}
 
 
-def without_other_versions(apps: Apps, entry: Entry) -> dict[str, App] | None:
-    """Return the applications without those of other versions; None if there are none."""
+def with_own_routes(apps: Apps, gateway: str, name: str, routes: Sequence[App]) -> dict[str, App]:
+    """Return the applications with these routes for a model's name; those of others stay."""
+    others = [route for route in routes_of(apps, gateway) if route["name"] != name]
+    return with_routes(apps, gateway, [*others, *routes])
+
+
+def without_other_versions(
+    apps: Apps, entry: Entry, among: Container[str] | None = None
+) -> dict[str, App] | None:
+    """Return the applications without those of other versions; None if there are none.
+
+    `among`: only these; another version that came up since is somebody else's.
+    """
     own = engine_name(entry.name, entry.version)
     others = {
         name
         for name, app in apps.items()
         if name != own
+        and (among is None or name in among)
         and app.get("import_path") == ENGINE_IMPORT
         and app["args"]["model"].partition("@")[0] == entry.name
     }
@@ -203,6 +241,29 @@ def wait_until_running(api: Api, names: Sequence[str], timeout_s: float) -> None
         f"application `{name}` is {status} after the deployment: "
         f"{message or 'Serve says no more'}. Look at the replica's log with `ray logs`."
     )
+
+
+def _taken_back(now: Apps, before: Apps, asked: Apps, names: tuple[str, str]) -> dict[str, App]:
+    """Return what runs now without what a failed deployment changed: these two applications.
+
+    What is no longer as it was asked for has been changed by somebody else, and stays.
+    """
+    engine, gateway = names
+    apps = dict(now)
+    if engine in apps and engine in before:
+        apps[engine] = before[engine]
+    else:
+        apps.pop(engine, None)
+    if gateway not in apps:
+        return apps
+    added = [each for each in routes_of(asked, gateway) if each not in routes_of(before, gateway)]
+    routes = [each for each in routes_of(apps, gateway) if each not in added]
+    if gateway not in before and not routes:
+        del apps[gateway]
+        return apps
+    if gateway in before and apps[gateway].get("args") == asked[gateway]["args"]:
+        apps[gateway] = {**apps[gateway], "args": before[gateway].get("args", {})}
+    return with_routes(apps, gateway, routes)
 
 
 def _message(app: Mapping[str, Any]) -> str:

@@ -10,34 +10,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 import httpx
 
 from cluster.accounting import Key, Scope, Team
-from cluster.errors import AccountError, ConfigError
+from cluster.errors import AccountError, ClusterError, ConfigError
 from cluster.ledger import Ledger
 from cluster.storage import resolve_output
 from jobs.deploy import (
     Api,
     App,
     apply,
+    described,
     engine_name,
-    published_s,
     routes_of,
     running_apps,
     wait_until_running,
-    with_routes,
+    with_own_routes,
     without_other_versions,
 )
 from jobs.evaluation.parity import Endpoint, check_parity
 from jobs.registry import Entry, Registry
 from serving.loop_thread import LoopThread
-from serving.outcomes import Outcomes, total
+from serving.outcomes import ROLLOUT_TEAM, Outcomes, total
 from serving.ray_directory import RayDirectory
-from serving.rollout import Observation, PromoteConfig, RolloutState
+from serving.rollout import Absence, Observation, PromoteConfig, RolloutState
 
-ROLLOUT_TEAM = "raysmith-rollout"
 LEASE_S = 20.0
 _ASK_TIMEOUT_S = 5.0
 _COMPARED_AT_A_TIME = 2
@@ -66,11 +64,12 @@ _PROMPTS = (
 def prepare(config: PromoteConfig, api: Api) -> Iterator["Canary"]:
     """Yield the stage of one rollout, with a key of its own that ends with it.
 
-    Raises ModelNotFoundError, or ConfigError if no other version answers for the name.
+    Raises ModelNotFoundError, ModelFormatError, or ConfigError if no other version answers.
     """
     apps = running_apps(api.details())
     entry = Registry(resolve_output(config.registry)).resolve(config.model)
     baseline = _baseline(apps, config, entry)
+    route = _new_route(apps, entry, baseline)
     gateway = apps[config.application]["args"]
     lifetime_s = config.ready_timeout_s + config.limits.max_wait_s + _KEY_MARGIN_S
     thread = LoopThread("rollout")
@@ -80,30 +79,32 @@ def prepare(config: PromoteConfig, api: Api) -> Iterator["Canary"]:
         url = f"http://{reachable}:{gateway['port']}/v1"
         endpoint = Endpoint(url, key, entry.reference)
         try:
-            yield Canary(config, api, (entry, baseline), endpoint, thread)
+            yield Canary(config, api, (entry, baseline, route), endpoint, thread)
         finally:
             thread.stop()
 
 
 class Canary:
-    """One rollout; see `serving.promote.Stage`."""
+    """One rollout; see `serving.promote.Stage`. `versions`: the new one, the old route, the new."""
 
     def __init__(
         self,
         config: PromoteConfig,
         api: Api,
-        versions: tuple[Entry, App],
+        versions: tuple[Entry, App, App],
         endpoint: Endpoint,
         thread: LoopThread,
     ) -> None:
         self._config, self._api, self._endpoint, self._thread = config, api, endpoint, thread
-        self._entry, self._baseline = versions
+        self._entry, self._baseline, self._new = versions
         self._old = self._entry.replace(version=self._baseline["version"])
         self._directory = RayDirectory()
         self._lease = f"{self._entry.reference}-{uuid.uuid4().hex[:8]}"
         self._prompts = _prompts(config)
         self._next_prompts = cycle(self._prompts)
         self._began_s = 0.0
+        self._absence = Absence()
+        self._ours: set[str] = set()  # Applications that it may stop: later ones are of others.
         self._before: dict[str, dict[str, Outcomes]] = {}
         self._num_compared = self._num_disagreeing = 0
 
@@ -111,10 +112,11 @@ class Canary:
         """Bring the new version up with what the old one has, and no share of the requests."""
         apps = running_apps(self._api.details())
         old = apps[self._baseline["application"]]
-        new = {**old, "name": self._application, "args": {**old["args"]}}
+        new = {**old, "name": self._new["application"], "args": {**old["args"]}}
         new["args"]["model"] = self._entry.reference
         apps[new["name"]] = new
-        self._put(apps, [self._baseline, self._route(weight=0.0)])
+        self._ours = set(apps)
+        self._put(apps, [self._baseline, {**self._new, "weight": 0.0}])
 
     def observe(self, state: RolloutState) -> Observation:
         """Return what is seen now, and renew the lease of the share."""
@@ -139,7 +141,7 @@ class Canary:
         old = f"{self._baseline['name']}@{self._baseline['version']}"
         return Observation(
             elapsed_s=time.monotonic() - self._began_s,
-            num_replicas=len(replicas),
+            absent_s=self._absence.look(len(replicas), time.monotonic()),
             canary=self._since(said, self._entry.reference),
             baseline=self._since(said, old),
             num_compared=self._num_compared,
@@ -152,51 +154,45 @@ class Canary:
         self._renew()
         apps = running_apps(self._api.details())
         old = {**self._baseline, "weight": 1.0 - ratio}
-        self._put(apps, [old, self._route(weight=ratio, lease=self._lease)])
+        self._put(apps, [old, {**self._new, "weight": ratio, "lease": self._lease}])
         self._began_s = time.monotonic()
 
     def finish(self, state: RolloutState) -> None:
-        """Give every request to the new version or to the old one, and stop the other."""
+        """Give every request to the new version or to the old one, and stop the other.
+
+        What it did before it failed it may do again. Raises ClusterError and leaves the routes as
+        they are if the version that shall answer was stopped meanwhile.
+        """
         is_promoted = state is RolloutState.PROMOTED
-        route = self._route(weight=1.0) if is_promoted else {**self._baseline, "weight": 1.0}
+        route, winner = (self._new, self._entry) if is_promoted else (self._baseline, self._old)
         apps = running_apps(self._api.details())
-        self._put(apps, [route], waits_for_engine=is_promoted)
+        if route["application"] not in apps:
+            raise ClusterError(
+                f"the application `{route['application']}` of {winner.reference} no longer runs: "
+                "another deployment stopped it, and its routes stay"
+            )
+        self._put(apps, [{**route, "weight": 1.0}], waits_for_engine=is_promoted)
         if is_promoted:
             registry = Registry(resolve_output(self._config.registry))
             registry.promote(self._entry.name, self._entry.version)
         self._thread.run(self._directory.end_lease(self._lease))
-        winner = self._entry if is_promoted else self._old
-        if kept := without_other_versions(running_apps(self._api.details()), winner):
+        if kept := without_other_versions(running_apps(self._api.details()), winner, self._ours):
             apply(self._api, kept)
-
-    @property
-    def _application(self) -> str:
-        return engine_name(self._entry.name, self._entry.version)
-
-    def _route(self, **changes: Any) -> App:
-        return {
-            **self._baseline,
-            "version": self._entry.version,
-            "application": self._application,
-            "published_s": published_s(self._entry),
-            **changes,
-        }
 
     def _put(
         self, apps: dict[str, App], own: Sequence[App], *, waits_for_engine: bool = True
     ) -> None:
         """Apply a routing table with these lines for the name; those of others stay."""
         gateway = self._config.application
-        others = [r for r in routes_of(apps, gateway) if r["name"] != self._entry.name]
-        apply(self._api, with_routes(apps, gateway, [*others, *own]))
-        names = [self._application, gateway] if waits_for_engine else [gateway]
+        apply(self._api, with_own_routes(apps, gateway, self._entry.name, own))
+        names = [self._new["application"], gateway] if waits_for_engine else [gateway]
         wait_until_running(self._api, names, self._config.ready_timeout_s)
 
     def _renew(self) -> None:
         self._thread.run(self._directory.renew_lease(self._lease, LEASE_S))
 
     def _compare(self) -> None:
-        """Ask both versions a few prompts; what fails is counted by the gateway, not here."""
+        """Ask both versions a few prompts; they count here alone, and only if both answer."""
         with httpx.Client(timeout=_ASK_TIMEOUT_S, trust_env=False) as client:
             for prompt in islice(self._next_prompts, _COMPARED_AT_A_TIME):
                 old, new = (
@@ -256,6 +252,17 @@ def _baseline(apps: dict[str, App], config: PromoteConfig, entry: Entry) -> App:
             f"`{application}`, which does not run. Deploy it under this name."
         )
     return {**found, "application": application, "lease": None}
+
+
+def _new_route(apps: dict[str, App], entry: Entry, baseline: App) -> App:
+    """Return the route to the new version, which gets the options of the old one."""
+    options = apps[baseline["application"]]["args"].get("engine_options", {})
+    return {
+        **baseline,
+        "version": entry.version,
+        "application": engine_name(entry.name, entry.version),
+        **described(entry, options),
+    }
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from serving.messages import (
     ReplicaStats,
     ServedModel,
 )
-from serving.outcomes import Outcomes
+from serving.outcomes import ROLLOUT_TEAM, Outcomes
 from serving.routing import Load, Route, RoutingTable, affinity_of, effective_weight, pick
 from serving.transport import DeclinedError, ReplicaLostError
 
@@ -116,12 +116,12 @@ class Fleet:
 
     def generate(self, model: ServedModel, request: InferenceRequest) -> Events:
         """Start a request; closing the events cancels it."""
-        outcomes = self._outcomes.setdefault(model.reference, Outcomes())
+        outcomes = self._counted(model, request.team)
         return ResumableEvents(_Version(self, model), request, outcomes)
 
     async def embed(self, model: ServedModel, request: EmbeddingRequest) -> Embedded | Refused:
         """Return vectors, from another replica if one is lost."""
-        outcomes = self._outcomes.setdefault(model.reference, Outcomes())
+        outcomes = self._counted(model, request.team)
         answer = await self._embed(model, request)
         outcomes.ended(
             is_failed=isinstance(answer, Refused)
@@ -214,8 +214,14 @@ class Fleet:
                 return answer
         return unavailable("the replicas that were asked failed. Try again in a moment.")
 
+    def _counted(self, model: ServedModel, team: str) -> Outcomes:
+        """Return where a request counts: a rollout's own show nothing of what clients get."""
+        if team == ROLLOUT_TEAM:
+            return Outcomes()
+        return self._outcomes.setdefault(model.reference, Outcomes())
+
     def _served(self, route: Route) -> ServedModel:
-        """Return what a route offers; a replica knows what the table does not say."""
+        """Return what a route offers: as a replica says, else as its table's line does."""
         for member in self._membership.members:
             if member.reference == route.reference:
                 entry = member.entry

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from cluster.config import load_config
-from cluster.errors import GateRefusedError
+from cluster.errors import ClusterError, GateRefusedError
 from cluster.serve_api import serve_api
 from cluster.session import connect
 from jobs.entry import Rows, add_options, guard, print_json, print_plan, print_rows, value_rows
@@ -27,6 +27,7 @@ from serving.rollout import (
 )
 
 _POLL_S = 1.0
+_FINISH_ATTEMPTS, _RETRY_S = 5, 2.0
 
 
 class Stage(Protocol):
@@ -45,7 +46,10 @@ class Stage(Protocol):
         ...
 
     def finish(self, state: RolloutState) -> None:
-        """Give all requests to the new version or to the old one, and stop the other."""
+        """Give all requests to the new version or to the old one, and stop the other.
+
+        After a failure it is called again with the same state, never with the other one.
+        """
         ...
 
 
@@ -56,27 +60,60 @@ def roll_out(
     sleep: Callable[[float], None] = time.sleep,
     report: Callable[[Decision], None] = lambda decision: None,
 ) -> Decision:
-    """Run a rollout to its end; whatever interrupts it, the old version gets its requests back."""
+    """Run a rollout to its end; whatever interrupts it, the old version gets its requests back.
+
+    Once it has been decided that the new version takes over, nothing is taken back: the old one may
+    be gone. Raises ClusterError if the end cannot be carried out.
+    """
+    try:
+        decision = _watch(stage, limits, sleep, report)
+    except BaseException as error:
+        reason = f"interrupted: {error}" if str(error) else f"interrupted by {error!r}"
+        _finish(stage, Decision(RolloutState.ROLLED_BACK, reason), sleep)
+        raise
+    _finish(stage, decision, sleep)
+    return decision
+
+
+def _watch(
+    stage: Stage,
+    limits: RolloutLimits,
+    sleep: Callable[[float], None],
+    report: Callable[[Decision], None],
+) -> Decision:
+    """Return how it ends."""
     decision = Decision(RolloutState.CHECKING, "starting the new version")
     report(decision)
-    try:
-        stage.start()
-        while not decision.state.is_terminal:
-            before, decision = (
-                decision,
-                decide(decision.state, stage.observe(decision.state), limits),
-            )
-            if decision != before:
-                report(decision)
-            if before.state is RolloutState.CHECKING and decision.state is RolloutState.CANARY:
-                stage.give_share(limits.canary_ratio)
-            if not decision.state.is_terminal:
-                sleep(_POLL_S)
-        stage.finish(decision.state)
-    except BaseException:
-        stage.finish(RolloutState.ROLLED_BACK)
-        raise
+    stage.start()
+    while not decision.state.is_terminal:
+        before, decision = decision, decide(decision.state, stage.observe(decision.state), limits)
+        if decision != before:
+            report(decision)
+        if before.state is RolloutState.CHECKING and decision.state is RolloutState.CANARY:
+            stage.give_share(limits.canary_ratio)
+        if not decision.state.is_terminal:
+            sleep(_POLL_S)
     return decision
+
+
+def _finish(stage: Stage, decision: Decision, sleep: Callable[[float], None]) -> None:
+    """Carry an end out, again if that fails; its steps may be repeated."""
+    for num_left in reversed(range(_FINISH_ATTEMPTS)):
+        try:
+            stage.finish(decision.state)
+        except Exception as error:
+            if num_left == 0:
+                winner = "new" if decision.state is RolloutState.PROMOTED else "old"
+                found = str(error).rstrip(".") or repr(error)
+                raise ClusterError(
+                    f"{decision.state.value} ({decision.reason}), but giving all requests to the "
+                    f"{winner} version failed {_FINISH_ATTEMPTS} times: {found}. Nothing was taken "
+                    "back, and both versions may still run. Offer the one that shall answer with "
+                    "`raysmith serve`, and name it with `raysmith models promote`."
+                ) from error
+            sleep(_RETRY_S)
+        else:
+            return
 
 
 def main(argv: Sequence[str] | None = None) -> int:

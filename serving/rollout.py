@@ -11,6 +11,7 @@ from enum import StrEnum
 from pydantic import Field
 
 from cluster.config import StrictModel
+from serving.directory import EXPIRY_S
 from serving.outcomes import Outcomes, count_above, quantile_s
 
 _ONE_SIDED_95 = 1.645
@@ -40,7 +41,9 @@ class RolloutLimits(StrictModel):
         default=0.1, gt=0, lt=1, description="Share of the name's requests that it gets at first."
     )
     watch_s: float = Field(default=60.0, ge=0, description="How long it is watched at least.")
-    min_requests: int = Field(default=50, ge=1, description="Requests it must have answered.")
+    min_requests: int = Field(
+        default=50, ge=1, description="Requests of clients it must have answered."
+    )
     max_wait_s: float = Field(
         default=900.0, gt=0, description="Rolled back if there were not enough requests until then."
     )
@@ -78,16 +81,33 @@ class Observation:
     """What was seen since the rollout began, or since the canary did.
 
     `parity` is a share of prompts, None before it was measured. Shares of failures and times are of
-    the time since the canary got requests.
+    the time since the canary got requests. `absent_s` is for how long the directory has named no
+    replica of the version, None where it names one now.
     """
 
     elapsed_s: float = 0.0
     parity: float | None = None
-    num_replicas: int = 1
+    absent_s: float | None = None
     canary: Outcomes = field(default_factory=Outcomes)
     baseline: Outcomes = field(default_factory=Outcomes)
     num_compared: int = 0
     num_disagreeing: int = 0
+
+
+class Absence:
+    """For how long a version has had no replica, over looks at the directory."""
+
+    def __init__(self) -> None:
+        self._since_s: float | None = None
+
+    def look(self, num_replicas: int, now_s: float) -> float | None:
+        """Return `Observation.absent_s` after one more look."""
+        if num_replicas > 0:
+            self._since_s = None
+            return None
+        if self._since_s is None:
+            self._since_s = now_s
+        return now_s - self._since_s
 
 
 @dataclass(frozen=True)
@@ -102,7 +122,8 @@ def decide(state: RolloutState, seen: Observation, limits: RolloutLimits) -> Dec
     """Return what follows from an observation; a terminal state stays."""
     if state.is_terminal:
         return Decision(state, "it has ended")
-    if seen.num_replicas == 0:
+    # A directory that has just started knows nobody yet: one look at it is no proof.
+    if seen.absent_s is not None and seen.absent_s > EXPIRY_S:
         return Decision(RolloutState.ROLLED_BACK, "the new version has no replica left")
     if state is RolloutState.CHECKING:
         return _after_check(seen, limits)
@@ -123,6 +144,8 @@ def _after_check(seen: Observation, limits: RolloutLimits) -> Decision:
 
 def _after_watch(seen: Observation, limits: RolloutLimits) -> Decision:
     missing = []
+    if seen.absent_s is not None:
+        missing.append("a replica")
     if seen.elapsed_s < limits.watch_s:
         missing.append(f"{limits.watch_s - seen.elapsed_s:.0f} s")
     if seen.canary.num_requests < limits.min_requests:

@@ -29,6 +29,11 @@ class Route(StrictModel):
         description="The weight holds only while this lease of the directory is renewed.",
     )
     task: Task = Field(default="generate", description="generate or embed.")
+    context_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens that fit in it; unset: known once a replica says so.",
+    )
     published_s: int = Field(default=0, ge=0, description="When it was published, since the epoch.")
     application: str = Field(
         default="", description="Serve application that runs it; woken up when it has no replica."
@@ -45,7 +50,9 @@ class Route(StrictModel):
     @property
     def model(self) -> ServedModel:
         """What the gateway lists."""
-        return ServedModel(self.name, self.version, self.published_s, self.task)
+        return ServedModel(
+            self.name, self.version, self.published_s, self.task, self.context_tokens
+        )
 
 
 class RoutingTable(StrictModel):

@@ -1,18 +1,21 @@
 """What a rollout on a cluster is refused before anything is changed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.errors import ConfigError, ModelNotFoundError
+from cluster.errors import ClusterError, ConfigError, ModelNotFoundError
 from cluster.ledger import Ledger
 from cluster.storage import staged_directory
 from jobs.config import DeployConfig
-from jobs.deploy import App, engine_app, gateway_app, route_to, with_routes
+from jobs.deploy import App, engine_app, gateway_app, route_to, routes_of, with_routes
 from jobs.registry import Registry
-from serving.canary import ROLLOUT_TEAM, prepare
-from serving.rollout import PromoteConfig
+from serving.canary import prepare
+from serving.directory import LocalDirectory
+from serving.outcomes import ROLLOUT_TEAM
+from serving.rollout import PromoteConfig, RolloutState
 
 
 class FakeApi:
@@ -22,22 +25,27 @@ class FakeApi:
 
     def __init__(self, apps: dict[str, App]) -> None:
         self.apps = apps
+        self.may_change = False
 
     def details(self) -> dict[str, Any]:
-        states = {name: {"deployed_app_config": app} for name, app in self.apps.items()}
+        states = {
+            name: {"status": "RUNNING", "deployed_app_config": app}
+            for name, app in self.apps.items()
+        }
         return {"applications": states}
 
     def deploy(self, config: dict[str, Any]) -> None:
-        raise AssertionError("nothing shall be changed")
+        assert self.may_change, "nothing shall be changed"
+        self.apps = {app["name"]: app for app in config["applications"]}
 
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    source = tmp_path / "source"
-    with staged_directory(source, {"kind": "model"}) as folder:
-        (folder / "weights").write_bytes(b"w")
     registry = Registry(tmp_path / "registry")
-    for _ in range(2):
+    for length in (1024, 2048):
+        source = tmp_path / f"source{length}"
+        with staged_directory(source, {"kind": "model"}) as folder:
+            (folder / "config.json").write_text(json.dumps({"max_position_embeddings": length}))
         registry.publish(source, "tiny")
     return registry
 
@@ -64,6 +72,43 @@ def test_prepare_when_another_version_answers_has_a_key_that_ends_with_it(regist
             assert key.expires_s is not None
         (key,) = ledger.snapshot().keys.values()
         assert key.revoked_s is not None
+
+
+def test_start_when_the_version_reads_more_tokens_its_route_says_so(registry: Registry):
+    api = serving(registry)
+    with prepare(config(registry), api) as canary:
+        api.may_change = True
+        canary.start()
+    old, new = routes_of(api.apps, "gateway")
+    assert (old["version"], old["context_tokens"]) == ("1", 1024)
+    assert (new["version"], new["context_tokens"], new["weight"]) == ("2", 2048, 0.0)
+
+
+def test_finish_when_rolled_back_stops_the_new_version_and_no_later_one(registry: Registry):
+    api = serving(registry)
+    with prepare(config(registry), api) as canary:
+        api.may_change = True
+        canary._directory = LocalDirectory()
+        canary.start()
+        api.apps["engine--tiny--3"] = {
+            **api.apps["engine--tiny--2"],
+            "name": "engine--tiny--3",
+        }
+        canary.finish(RolloutState.ROLLED_BACK)
+    assert set(api.apps) == {"engine--tiny--1", "engine--tiny--3", "gateway"}
+    assert [route["version"] for route in routes_of(api.apps, "gateway")] == ["1"]
+
+
+@pytest.mark.parametrize("state", [RolloutState.PROMOTED, RolloutState.ROLLED_BACK])
+def test_finish_when_what_shall_answer_was_stopped_leaves_the_routes(
+    registry: Registry, state: RolloutState
+):
+    api = serving(registry)
+    with prepare(config(registry), api) as canary:
+        del api.apps["engine--tiny--1"]
+        with pytest.raises(ClusterError, match="no longer runs"):
+            canary.finish(state)
+    assert routes_of(api.apps, "gateway")[0]["version"] == "1"
 
 
 @pytest.mark.parametrize(

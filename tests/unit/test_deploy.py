@@ -1,17 +1,23 @@
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.errors import ClusterError, ModelNotFoundError
+from cluster.errors import ClusterError, ModelFormatError, ModelNotFoundError
 from cluster.storage import staged_directory
 from jobs.config import DeployConfig, ReplicaScaling
-from jobs.deploy import deploy, routes_of
+from jobs.deploy import deploy, route_to, routes_of
+from jobs.models._bert import EncoderConfig, to_hf_config, write_encoder_config
 from jobs.registry import Registry
 
 
 class FakeApi:
-    """Serve's REST API: what is deployed runs at once, unless it is named in `failing`."""
+    """Serve's REST API: what is deployed runs at once, unless it is named in `failing`.
+
+    After each call the next of `meanwhile` happens, as by another process.
+    """
 
     http_port = 8123
 
@@ -19,6 +25,7 @@ class FakeApi:
         self.deployed: list[dict[str, dict[str, Any]]] = []
         self.configs: list[dict[str, Any]] = []
         self.failing: dict[str, str] = {}
+        self.meanwhile: list[Callable[[], object]] = []
 
     def details(self) -> dict[str, Any]:
         apps = self.deployed[-1] if self.deployed else {}
@@ -36,6 +43,8 @@ class FakeApi:
     def deploy(self, config: dict[str, Any]) -> None:
         self.configs.append(config)
         self.deployed.append({app["name"]: app for app in config["applications"]})
+        if self.meanwhile:
+            self.meanwhile.pop(0)()
 
     @property
     def steps(self) -> list[tuple[set[str], list[str]]]:
@@ -50,11 +59,21 @@ class FakeApi:
 def registry(tmp_path: Path) -> Path:
     source = tmp_path / "source"
     with staged_directory(source, {"kind": "model"}) as folder:
-        (folder / "weights").write_bytes(b"w")
+        (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 2048}))
     root = tmp_path / "registry"
     for name in ("tiny", "tiny", "other"):
         Registry(root).publish(source, name)
     return root
+
+
+def publish_encoder(registry: Path) -> None:
+    source = registry.parent / "encoder"
+    shape = EncoderConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, max_seq_len=128
+    )
+    with staged_directory(source, {"kind": "model"}) as folder:
+        write_encoder_config(shape, to_hf_config(shape), folder)
+    Registry(registry).publish(source, "encoder")
 
 
 def config(**changes: Any) -> DeployConfig:
@@ -128,4 +147,100 @@ def test_deploy_when_the_model_is_unknown_changes_nothing(registry: Path):
     api = FakeApi()
     with pytest.raises(ModelNotFoundError):
         deploy(config(model="tiny@7"), str(registry), api)
+    assert api.deployed == []
+
+
+@pytest.mark.parametrize(
+    ("failing", "expected"),
+    [
+        ({}, {"tiny@2", "other@1"}),
+        ({"engine--tiny--2": "out of memory"}, {"tiny@1", "other@1"}),
+    ],
+)
+def test_deploy_when_another_model_is_deployed_meanwhile_keeps_it(
+    registry: Path, failing: dict[str, str], expected: set[str]
+):
+    api = FakeApi()
+    deploy(config(), str(registry), api)
+    api.failing = failing
+    api.meanwhile = [lambda: deploy(config(model="other@1"), str(registry), api)]
+    if failing:
+        with pytest.raises(ClusterError, match="out of memory"):
+            deploy(config(model="tiny@2"), str(registry), api)
+    else:
+        deploy(config(model="tiny@2"), str(registry), api)
+    applications, routes = api.steps[-1]
+    assert applications == {f"engine--{r.replace('@', '--')}" for r in expected} | {"gateway"}
+    assert set(routes) == expected
+
+
+@pytest.mark.parametrize(
+    ("others", "left"),
+    [([], (set(), [])), (["other@1"], ({"engine--other--1", "gateway"}, ["other@1"]))],
+)
+def test_deploy_when_the_first_one_fails_leaves_a_gateway_only_to_others(
+    registry: Path, others: list[str], left: tuple[set[str], list[str]]
+):
+    api = FakeApi()
+    api.failing["engine--tiny--1"] = "out of memory"
+    api.meanwhile = [lambda r=r: deploy(config(model=r), str(registry), api) for r in others]
+    with pytest.raises(ClusterError, match="out of memory"):
+        deploy(config(), str(registry), api)
+    assert api.steps[-1] == left
+
+
+def test_deploy_when_it_fails_gives_the_gateway_its_port_back(registry: Path):
+    api = FakeApi()
+    deploy(config(), str(registry), api)
+    api.failing["engine--tiny--2"] = "out of memory"
+    with pytest.raises(ClusterError, match="out of memory"):
+        deploy(config(model="tiny@2", port=9000), str(registry), api)
+    assert api.deployed[1]["gateway"]["args"]["port"] == 9000
+    assert api.deployed[-1] == api.deployed[0]
+
+
+def test_deploy_when_a_rollout_starts_another_version_meanwhile_keeps_it(registry: Path):
+    api = FakeApi()
+    canary = {"name": "engine--tiny--2", "import_path": "serving.app:build_engine"}
+    canary["args"] = {"model": "tiny@2"}
+    api.meanwhile = [lambda: api.deployed.append({**api.deployed[-1], canary["name"]: canary})]
+    deploy(config(), str(registry), api)
+    assert api.steps[-1] == ({"engine--tiny--1", "engine--tiny--2", "gateway"}, ["tiny@1"])
+
+
+def test_deploy_when_the_gateway_is_stopped_meanwhile_says_so(registry: Path):
+    api = FakeApi()
+    deploy(config(), str(registry), api)
+    without = {"engine--tiny--2": {"name": "engine--tiny--2"}}
+    api.meanwhile = [lambda: api.deployed.append(without)]
+    with pytest.raises(ClusterError, match="`gateway`"):
+        deploy(config(model="tiny@2", ready_timeout_s=0.01), str(registry), api)
+    assert api.deployed[-1] == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "task", "context_tokens"),
+    [
+        ("tiny@1", {}, "generate", 2048),
+        ("tiny@1", {"max_len": 512}, "generate", 512),
+        ("encoder@1", {"max_len": 512}, "embed", 128),
+    ],
+)
+def test_route_to_when_no_replica_says_it_tells_what_the_model_is_for(
+    registry: Path, model: str, options: dict[str, Any], task: str, context_tokens: int
+):
+    publish_encoder(registry)
+    entry = Registry(registry).resolve(model)
+    route = route_to(entry, config(model=model, engine_options=options))
+    assert (route["task"], route["context_tokens"]) == (task, context_tokens)
+
+
+def test_deploy_when_the_directory_is_no_model_changes_nothing(registry: Path):
+    source = registry.parent / "empty"
+    with staged_directory(source, {"kind": "model"}) as folder:
+        (folder / "weights").write_bytes(b"w")
+    Registry(registry).publish(source, "empty")
+    api = FakeApi()
+    with pytest.raises(ModelFormatError, match=r"config\.json"):
+        deploy(config(model="empty@1"), str(registry), api)
     assert api.deployed == []

@@ -18,6 +18,7 @@ from serving.messages import (
     Started,
     TokenPrompt,
 )
+from serving.outcomes import ROLLOUT_TEAM, Outcomes
 from serving.routing import Route, RoutingTable
 
 
@@ -63,6 +64,32 @@ def test_generate_when_the_reader_closes_after_the_last_token_counts_an_answered
     assert (outcomes.num_requests, outcomes.num_failed, num_cancelled) == (1, 0, 0)
     assert sum(outcomes.first_token.values()) == 1
     assert [member.tokens_in_flight for member in members] in ([], [0])
+
+
+@pytest.mark.parametrize(("team", "num_counted"), [("test", 1), (ROLLOUT_TEAM, 0)])
+def test_generate_when_a_rollout_asks_does_not_count_as_a_request_of_clients(team, num_counted):
+    async def work():
+        async with setting(CountingReplica()) as made:
+            answer = await collect(made.fleet.generate(MODEL, request(team=team)))
+            return answer, made.fleet._outcomes.get(MODEL.reference, Outcomes())
+
+    events, outcomes = run(work())
+    assert tokens(events) == list(range(8))
+    assert outcomes.num_requests == sum(outcomes.first_token.values()) == num_counted
+
+
+def test_embed_when_the_encoder_sleeps_is_known_as_one_and_wakes_it():
+    async def work():
+        sleeping = {"task": "embed", "context_tokens": 128, "scales_to_zero": True}
+        async with setting(**sleeping) as made:
+            made.on_wake = lambda: made.add(CountingReplica(), MODEL)
+            model = made.fleet.choose("tiny")
+            answer = await made.fleet.embed(model, EmbeddingRequest((TokenPrompt((1,)),)))
+            return model, answer, len(made.woken)
+
+    model, answer, num_woken = run(work())
+    assert (model.task, model.context_tokens, num_woken) == ("embed", 128, 1)
+    assert answer == Embedded(((1.0,),), 3)
 
 
 def test_choose_when_a_lease_is_not_renewed_leaves_all_to_the_other_version():

@@ -1,5 +1,7 @@
 """The course of a rollout over a stage without a cluster."""
 
+from itertools import repeat
+
 import pytest
 
 from cluster.errors import ClusterError
@@ -16,6 +18,7 @@ class FakeStage:
     def __init__(self, *seen: Observation | BaseException) -> None:
         self.seen = list(seen)
         self.done: list[object] = []
+        self.finish_errors = iter(())
 
     def start(self) -> None:
         self.done.append("start")
@@ -31,6 +34,11 @@ class FakeStage:
 
     def finish(self, state: RolloutState) -> None:
         self.done.append(state)
+        if (error := next(self.finish_errors, None)) is not None:
+            raise error
+
+
+PROMOTED = (Observation(parity=1.0), Observation(elapsed_s=3, canary=Outcomes(9)))
 
 
 def good(elapsed_s: float, num_requests: int) -> Observation:
@@ -71,6 +79,38 @@ def test_roll_out_when_interrupted_gives_the_old_version_its_requests_back(error
     with pytest.raises(type(error)):
         run(stage)
     assert stage.done[-1] is RolloutState.ROLLED_BACK
+
+
+@pytest.mark.parametrize("error", [ClusterError("UNHEALTHY"), TimeoutError()])
+def test_roll_out_when_the_end_fails_once_carries_out_the_same_end_again(error):
+    stage = FakeStage(*PROMOTED)
+    stage.finish_errors = iter([error])
+    assert run(stage)[0] is RolloutState.PROMOTED
+    assert stage.done == ["start", 0.2, RolloutState.PROMOTED, RolloutState.PROMOTED]
+
+
+def test_roll_out_when_the_end_fails_for_good_says_so_and_takes_nothing_back():
+    stage = FakeStage(*PROMOTED)
+    stage.finish_errors = repeat(ClusterError("no disk."))
+    with pytest.raises(ClusterError, match=r"promoted .* new version failed 5 times: no disk\. N"):
+        run(stage)
+    assert set(stage.done[2:]) == {RolloutState.PROMOTED}
+
+
+def test_roll_out_when_stopped_at_the_end_takes_nothing_back():
+    stage = FakeStage(*PROMOTED)
+    stage.finish_errors = iter([KeyboardInterrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        run(stage)
+    assert stage.done == ["start", 0.2, RolloutState.PROMOTED]
+
+
+def test_roll_out_when_interrupted_and_the_end_fails_says_both():
+    stage = FakeStage(Observation(parity=1.0), ClusterError("the head is gone"))
+    stage.finish_errors = repeat(ClusterError("no answer"))
+    with pytest.raises(ClusterError, match=r"the head is gone.*no answer"):
+        run(stage)
+    assert set(stage.done[2:]) == {RolloutState.ROLLED_BACK}
 
 
 def test_main_when_asked_for_the_plan_prints_it_and_starts_nothing(capsys):

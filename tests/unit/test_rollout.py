@@ -1,7 +1,8 @@
 import pytest
 
+from serving.directory import EXPIRY_S
 from serving.outcomes import Outcomes, total
-from serving.rollout import Observation, RolloutLimits, RolloutState, at_least, decide
+from serving.rollout import Absence, Observation, RolloutLimits, RolloutState, at_least, decide
 
 LIMITS = RolloutLimits(watch_s=60, min_requests=50, min_compared=8)
 CANARY = RolloutState.CANARY
@@ -50,6 +51,7 @@ def test_decide_when_all_was_good_long_enough_promotes():
         ({"elapsed_s": 10.0}, "50 s"),
         ({"canary": outcomes(20)}, "30 requests"),
         ({"num_compared": 3}, "5 compared prompts"),
+        ({"absent_s": EXPIRY_S}, "a replica to go"),
     ],
 )
 def test_decide_when_something_is_missing_watches_on(changes, words):
@@ -72,7 +74,7 @@ def test_decide_when_too_few_requests_come_rolls_back_in_the_end():
         ({"num_compared": 10, "num_disagreeing": 10}, "10 of 10 prompts"),
         ({"canary": outcomes(60, first_s=0.2)}, "first token"),
         ({"canary": outcomes(60, between_s=0.05)}, "time between tokens"),
-        ({"num_replicas": 0}, "no replica"),
+        ({"absent_s": EXPIRY_S + 0.1}, "no replica"),
     ],
 )
 def test_decide_when_a_limit_is_exceeded_rolls_back_at_once(changes, words):
@@ -99,7 +101,13 @@ def test_decide_when_a_difference_may_be_chance_promotes(changes):
 
 @pytest.mark.parametrize("state", [RolloutState.PROMOTED, RolloutState.ROLLED_BACK])
 def test_decide_when_it_has_ended_stays(state):
-    assert decide(state, seen(num_replicas=0), LIMITS).state is state
+    assert decide(state, seen(absent_s=60.0), LIMITS).state is state
+
+
+def test_absence_when_a_replica_is_named_again_begins_anew():
+    absence = Absence()
+    looks = [(1, 0.0), (0, 1.0), (0, 4.0), (2, 5.0), (0, 9.0), (0, 15.0)]
+    assert [absence.look(*look) for look in looks] == [None, 0.0, 3.0, None, 0.0, 6.0]
 
 
 def test_at_least_when_more_is_counted_comes_closer_to_the_share():
