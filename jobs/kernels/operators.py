@@ -5,8 +5,8 @@ by a short measurement that is remembered. It does not know about models or modu
 
 Every operator agrees with formats.reference_linear, and but for its last bits a row's result does
 not depend on the other rows. That excludes `quantized::linear_dynamic`, which scales activations by
-the whole batch. Where the preferred operator keeps the last bits too, only such operators are chosen
-from: an answer shall not depend on who else is answered.
+the whole batch. Where the preferred operator keeps the last bits too, only such operators are
+chosen from: an answer shall not depend on who else is answered.
 """
 
 import functools
