@@ -16,6 +16,7 @@ from cluster.config import StrictModel
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 256
 MAX_LOGPROBS = 20
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 10.0
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
@@ -66,7 +67,10 @@ class GenerateRequest(StrictModel):
         default=0.0, ge=-2, le=2, description="The same, once for each time they were generated."
     )
     repetition_penalty: float = Field(
-        default=1.0, gt=0, le=10, description="Divides logits of tokens in prompt or answer."
+        default=1.0,
+        ge=MIN_REPETITION_PENALTY,
+        le=MAX_REPETITION_PENALTY,
+        description="Divides logits of tokens in prompt or answer.",
     )
     logit_bias: dict[int, float] = Field(
         default={}, description="Added to the logits of these token ids; in [-100, 100]."
