@@ -27,6 +27,7 @@ from serving.engines._protocol import (
 )
 from serving.messages import (
     ENGINE_FAILED,
+    GENERATION_FAILED,
     Delta,
     Embedded,
     EmbeddingRequest,
@@ -125,7 +126,7 @@ class EngineReplica:
         except EngineError:
             return Refused(HTTPStatus.SERVICE_UNAVAILABLE, error.message, code=ENGINE_FAILED)
         # The engine lives, so it is the model that fails: no other replica would do better.
-        return Refused(HTTPStatus.INTERNAL_SERVER_ERROR, error.message, code="generation_failed")
+        return Refused(HTTPStatus.INTERNAL_SERVER_ERROR, error.message, code=GENERATION_FAILED)
 
     async def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         def encode() -> list[tuple[int, ...]]:
