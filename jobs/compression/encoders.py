@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cluster.storage import GIB, verify_directory
+from cluster.storage import verify_directory
 from jobs.compression import quantization_config
-from jobs.compression.packing import fill, stored
+from jobs.compression.packing import SHARD_BYTES, fill, stored_state
 from jobs.compression.recipe import Compressed
 from jobs.kernels.formats import Layout, Scheme
 from jobs.kernels.linear import resident_bytes
@@ -27,8 +27,6 @@ from jobs.models.encoder import (
     read_config,
     read_tensors,
 )
-
-_SHARD_BYTES = 5 * GIB
 
 
 @dataclass
@@ -56,14 +54,7 @@ def save_encoder(compressed: Compressed[Encoder], directory: Path) -> None:
             {name: weight.layout for name, weight in quantized.items()},
             [*dense, *([POOLER] if model.config.has_pooler else [])],
         )
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        layer = name.removesuffix(".weight")
-        if layer in quantized:
-            tensors |= {f"{layer}.{key}": t for key, t in stored(quantized[layer]).items()}
-        else:
-            tensors[name] = tensor.detach().to("cpu", torch.bfloat16)
-    _weights.write_tensors(tensors, directory, _SHARD_BYTES)
+    _weights.write_tensors(stored_state(model.state_dict(), quantized), directory, SHARD_BYTES)
     write_encoder_config(model.config, document, directory)
 
 

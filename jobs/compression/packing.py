@@ -6,6 +6,7 @@ weights and run on the fastest operators of this machine. It does not know how w
 """
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from jobs.kernels.linear import build_linear, resident_bytes
 from jobs.models import _hf, _weights
 from jobs.models.decoder import Decoder
 
-_SHARD_BYTES = 5 * GIB
+SHARD_BYTES = 5 * GIB
 _SCALE_DTYPE = torch.bfloat16
 _EMBEDDING = "model.embed_tokens.weight"
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
@@ -53,14 +54,10 @@ def save_compressed(compressed: Compressed, directory: Path) -> None:
         layouts = {name: weight.layout for name, weight in quantized.items()}
         dense = [name for name in _linear_shapes(model) if name not in quantized]
         document[quantization_config.KEY] = quantization_config.to_document(layouts, dense)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        layer = name.removesuffix(".weight")
-        if layer in quantized:
-            tensors |= {f"{layer}.{key}": t for key, t in stored(quantized[layer]).items()}
-        elif not (model.config.tie_embeddings and layer == "lm_head"):
-            tensors[name] = tensor.detach().to("cpu", torch.bfloat16)
-    _weights.write_tensors(tensors, directory, _SHARD_BYTES)
+    state = model.state_dict()
+    if model.config.tie_embeddings and "lm_head" not in quantized:
+        del state["lm_head.weight"]
+    _weights.write_tensors(stored_state(state, quantized), directory, SHARD_BYTES)
     _hf.write_config(document, directory)
 
 
@@ -135,6 +132,20 @@ def read_quantized(
             )
         values_OI = unpack_int4(packed_OW, columns)
     return QuantizedWeight(layout.scheme, values_OI, scale_OG.float(), layout.group_size)
+
+
+def stored_state(
+    state: Mapping[str, Tensor], quantized: Mapping[str, QuantizedWeight]
+) -> dict[str, Tensor]:
+    """Return a model's tensors as they lie on disk; what is not quantized is bfloat16."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        layer = name.removesuffix(".weight")
+        if layer in quantized:
+            tensors |= {f"{layer}.{key}": t for key, t in stored(quantized[layer]).items()}
+        else:
+            tensors[name] = tensor.detach().to("cpu", torch.bfloat16)
+    return tensors
 
 
 def stored(weight: QuantizedWeight) -> dict[str, Tensor]:
