@@ -48,6 +48,17 @@ def library_name() -> str:
     return str(_library()._name).rpartition("/")[2]
 
 
+@functools.cache
+def has_amx() -> bool:
+    """Return whether products of several int8 rows run on AMX; `RAYSMITH_AMX=0` says no.
+
+    The bits are the same either way. Raises EngineError where the library is not available.
+    """
+    found = torch.zeros(1, dtype=torch.int32)
+    function("rs_has_amx", "p")(address(found))
+    return bool(found)
+
+
 def function(name: str, signature: str) -> Callable[..., None]:
     """Return a kernel by name; `signature` holds a letter per argument: p, n, i or f.
 

@@ -204,9 +204,10 @@ def test_rows_when_given_room_fill_it() -> None:
     assert torch.equal(filled.values_NS, quantize(random(5, 40)).values_NS)
 
 
-def test_sums_when_weights_and_inputs_are_extreme_do_not_overflow() -> None:
+@pytest.mark.parametrize("rows", [1, 32])
+def test_sums_when_weights_and_inputs_are_extreme_do_not_overflow(rows: int) -> None:
     # Every product is the largest there is, with the offset: 255 x 127 for each of 8192 inputs.
     values_OI = torch.full((32, 8192), 127, dtype=torch.int8)
     weight = QuantizedWeight("w8a8", values_OI, torch.ones(32, 1), None)
-    y_NO = make_layer(weight)(torch.full((1, 8192), 127.0))
-    assert torch.equal(y_NO, torch.full((1, 32), 127.0 * 127 * 8192))
+    y_NO = make_layer(weight)(torch.full((rows, 8192), 127.0))
+    assert torch.equal(y_NO, torch.full((rows, 32), 127.0 * 127 * 8192))

@@ -4,11 +4,14 @@
 #include <numeric>
 #include <vector>
 
+#include "amx.h"
 #include "linear_int4.h"
-#include "quantize.h"
 
 namespace rs {
 namespace {
+
+// From so many rows on, unpacking for tiles costs less than it saves.
+constexpr int64_t kAmxRows = 4;
 
 struct W4A8 {
     static constexpr int kMaxRows = 12;
@@ -69,6 +72,69 @@ struct W4A8 {
             return _mm512_mul_ps(totals[r][v], _mm512_set1_ps(x.scales[row + r]));
         });
     }
+
+#ifdef RS_AMX
+    int64_t step_inputs() const { return w.group % kTileInputs ? kSumBlock : kTileInputs; }
+
+    template <bool kHasLower>
+    void pass(int64_t row, int64_t rows, int64_t block, TilePrefetch prefetch) const {
+        alignas(64) float totals[kPassRows * kBlockOutputs] = {};
+        alignas(64) uint8_t unpacked[kBuffers][kTileStep];
+        PassSums sums;
+        const int64_t groups = w.groups(), inputs = step_inputs();
+        const int64_t step_bytes = inputs / kStepInputs * kStep;
+        const int8_t* values = x.row(row);
+        const uint8_t* at = weights(block);
+        int buffer = 0;
+        for (int64_t g = 0; g < groups; ++g) {
+            const __m512i scales = _mm512_load_si512(at);
+            at += kLine;
+            clear_sums(kHasLower);
+            for (int64_t i = 0; i < w.group; i += inputs, at += step_bytes, values += inputs) {
+                prefetch.step(step_bytes);
+                buffer = (buffer + 1) % kBuffers;
+                unpack(at, step_bytes, unpacked[buffer]);
+                add_products<kHasLower>(values, x.stride, unpacked[buffer]);
+            }
+            sums.take(kHasLower);
+            const __m512 scale[kVectors] = {widen_low(scales), widen_high(scales)};
+            for (int64_t r = 0; r < rows; ++r) {
+                const __m512i offset = _mm512_set1_epi32(offsets[(row + r) * groups + g]);
+                RS_UNROLL for (int v = 0; v < kVectors; ++v) {
+                    float* total = totals + r * kBlockOutputs + v * kLanes;
+                    const __m512i sum = _mm512_add_epi32(sums.vector(r, v), offset);
+                    _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale[v],
+                                                           _mm512_load_ps(total)));
+                }
+            }
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+            const __m512 scale = _mm512_set1_ps(x.scales[row + r]);
+            out.store<1>(row + r, block, [&](int, int v) {
+                const float* total = totals + r * kBlockOutputs + v * kLanes;
+                return _mm512_mul_ps(_mm512_load_ps(total), scale);
+            });
+        }
+    }
+
+  private:
+    // Tiles are read from a buffer while the next steps are unpacked into others.
+    static constexpr int kBuffers = 4;
+
+    // Int4 weights as add_products takes them.
+    static void unpack(const uint8_t* packed, int64_t bytes, uint8_t* out) {
+        const __m512i nibble = _mm512_set1_epi8(15);
+        for (const uint8_t* end = packed + bytes; packed < end; packed += kStep, out += 2 * kStep) {
+            RS_UNROLL for (int v = 0; v < kVectors; ++v) {
+                const __m512i pairs = _mm512_load_si512(packed + v * kLine);
+                const __m512i high = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble);
+                _mm512_store_si512(out + v * kLine, _mm512_and_si512(pairs, nibble));
+                _mm512_store_si512(out + kStep + v * kLine, high);
+            }
+        }
+        asm volatile("" ::: "memory");  // Reading a tile is not known to read memory.
+    }
+#endif
 };
 
 // -8 times the sum of each row's values within each group.
@@ -96,5 +162,11 @@ RS_EXPORT void rs_linear_w4a8(const int8_t* values, const float* row_scales, con
     const std::vector<int32_t> offsets = rs::group_offsets(x, w);
     const rs::W4A8 kernel{
         x, w, offsets.data(), {y, y_stride, outputs, bias, mode}, w.block_bytes()};
+#ifdef RS_AMX
+    if (rows >= rs::kAmxRows && rs::has_amx()) {
+        rs::run_passes(kernel, rows, rs::ceil_div(outputs, rs::kBlockOutputs), threads);
+        return;
+    }
+#endif
     rs::run_linear(kernel, rows, outputs, threads);
 }

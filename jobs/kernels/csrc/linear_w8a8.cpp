@@ -5,11 +5,13 @@
 #include <numeric>
 #include <vector>
 
-#include "linear.h"
-#include "quantize.h"
+#include "amx.h"
 
 namespace rs {
 namespace {
+
+// Fewer rows are as fast on vectors: both wait for memory.
+constexpr int64_t kAmxRows = 3;
 
 struct W8A8 {
     static constexpr int kMaxRows = 12;
@@ -41,10 +43,41 @@ struct W8A8 {
                 sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], w1, values);
             }
         }
+        store<R>(row, block, [&](int r, int v) { return sums[r][v]; });
+    }
+
+#ifdef RS_AMX
+    int64_t step_inputs() const { return kTileInputs; }
+
+    template <bool kHasLower>
+    void pass(int64_t row, int64_t rows, int64_t block, TilePrefetch prefetch) const {
+        clear_sums(kHasLower);
+        const int8_t* values = x.row(row);
+        const uint8_t* w = weights(block);
+        for (const uint8_t* end = w + block_bytes; w < end; w += kTileStep) {
+            prefetch.step(kTileStep);
+            add_products<kHasLower>(values, x.stride, w);
+            values += kTileInputs;
+        }
+        PassSums sums;
+        sums.take(kHasLower);
+        for (int64_t r = 0; r < rows; ++r) {
+            const __m512i offset = _mm512_set1_epi32(offsets[row + r]);
+            store<1>(row + r, block, [&](int, int v) {
+                return _mm512_add_epi32(sums.vector(r, v), offset);
+            });
+        }
+    }
+#endif
+
+  private:
+    // Store R rows of a block whose sums are sum(r, v).
+    template <int R, class Sum>
+    void store(int64_t row, int64_t block, const Sum& sum) const {
         const float* scale = scales + block * kBlockOutputs;
         const __m512 output_scales[] = {_mm512_load_ps(scale), _mm512_load_ps(scale + kLanes)};
         out.store<R>(row, block, [&](int r, int v) {
-            const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][v]),
+            const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum(r, v)),
                                            _mm512_set1_ps(x.scales[row + r]));
             return _mm512_mul_ps(y, output_scales[v]);
         });
@@ -71,5 +104,11 @@ RS_EXPORT void rs_linear_w8a8(const int8_t* values, const float* row_scales, con
                           offsets.data(),
                           {y, y_stride, outputs, bias, mode},
                           stride * rs::kBlockOutputs};
+#ifdef RS_AMX
+    if (rows >= rs::kAmxRows && rs::has_amx()) {
+        rs::run_passes(kernel, rows, rs::ceil_div(outputs, rs::kBlockOutputs), threads);
+        return;
+    }
+#endif
     rs::run_linear(kernel, rows, outputs, threads);
 }

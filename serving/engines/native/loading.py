@@ -20,6 +20,7 @@ from cluster.storage import MIB, verify_directory
 from jobs.compression.packing import LoadedModel, load_model
 from jobs.config import DecoderConfig
 from jobs.data.tokenizer import check_fits, load_tokenizer
+from jobs.kernels import native
 from jobs.kernels.block_cache import BlockCache
 from jobs.kernels.linear import resident_bytes
 from jobs.models import _hf
@@ -203,3 +204,5 @@ def _log(info: EngineInfo) -> None:
         info.decoding,
         operators or "as they are",
     )
+    if native.is_available() and native.has_amx():
+        _logger.info("native engine: products of int8 rows run on AMX")
