@@ -13,6 +13,20 @@ namespace {
 // Fewer rows are as fast on vectors: both wait for memory.
 constexpr int64_t kAmxRows = 3;
 
+// The scales of a block's outputs.
+struct OutputScales {
+    __m512 vectors[kVectors];
+
+    OutputScales(const float* scales, int64_t block)
+        : vectors{_mm512_load_ps(scales + block * kBlockOutputs),
+                  _mm512_load_ps(scales + block * kBlockOutputs + kLanes)} {}
+
+    __m512 of(__m512i sums, float row_scale, int v) const {
+        const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(row_scale));
+        return _mm512_mul_ps(y, vectors[v]);
+    }
+};
+
 struct W8A8 {
     static constexpr int kMaxRows = 12;
 
@@ -43,7 +57,10 @@ struct W8A8 {
                 sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], w1, values);
             }
         }
-        store<R>(row, block, [&](int r, int v) { return sums[r][v]; });
+        const OutputScales scale(scales, block);
+        out.store<R>(row, block, [&](int r, int v) {
+            return scale.of(sums[r][v], x.scales[row + r], v);
+        });
     }
 
 #ifdef RS_AMX
@@ -61,27 +78,15 @@ struct W8A8 {
         }
         PassSums sums;
         sums.take(kHasLower);
+        const OutputScales scale(scales, block);
         for (int64_t r = 0; r < rows; ++r) {
             const __m512i offset = _mm512_set1_epi32(offsets[row + r]);
-            store<1>(row + r, block, [&](int, int v) {
-                return _mm512_add_epi32(sums.vector(r, v), offset);
+            out.store<1>(row + r, block, [&](int, int v) {
+                return scale.of(_mm512_add_epi32(sums.vector(r, v), offset), x.scales[row + r], v);
             });
         }
     }
 #endif
-
-  private:
-    // Store R rows of a block whose sums are sum(r, v).
-    template <int R, class Sum>
-    void store(int64_t row, int64_t block, const Sum& sum) const {
-        const float* scale = scales + block * kBlockOutputs;
-        const __m512 output_scales[] = {_mm512_load_ps(scale), _mm512_load_ps(scale + kLanes)};
-        out.store<R>(row, block, [&](int r, int v) {
-            const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum(r, v)),
-                                           _mm512_set1_ps(x.scales[row + r]));
-            return _mm512_mul_ps(y, output_scales[v]);
-        });
-    }
 };
 
 }  // namespace
