@@ -45,13 +45,6 @@ struct Output {
         return y + row * stride + place * kBlockOutputs;
     }
 
-    // Take ownership of the lines a tile will write, so that its stores do not wait for memory.
-    void fetch(int64_t row, int64_t block) const {
-        const float* lines = target(row, block);
-        __builtin_prefetch(lines, 1);
-        __builtin_prefetch(lines + kLanes, 1);
-    }
-
     // Store R rows of a block: value(r, v) is vector v of row r.
     template <int R, class Value>
     void store(int64_t row, int64_t block, const Value& value) const {
@@ -116,31 +109,43 @@ struct Prefetch {
     }
 };
 
+// For the passes that fetch nothing.
+struct NoPrefetch {
+    void step() {}
+};
+
+// Two passes over a block fetch the next one, a line a step each, which is as fast as memory
+// answers; a single pass fetches what it will read itself.
+constexpr int64_t kFetchingPasses = 2;
+
 // The part of the next block that one of `passes` over this block fetches.
 inline Prefetch prefetch_for(const uint8_t* weights, int64_t block_bytes, int64_t pass,
                              int64_t passes) {
     const char* here = reinterpret_cast<const char*>(weights);
     if (passes == 1) return {here + std::min(block_bytes, kReach), kLine, kStep};
-    // Two passes fetch a line a step each, which is as fast as memory answers; the rest, nothing.
-    if (pass < 2) return {here + block_bytes + pass * (block_bytes / 2), 0, kLine};
-    return {here, 0, 0};
+    return {here + block_bytes + pass * (block_bytes / kFetchingPasses), 0, kLine};
 }
 
 // Compute all rows of all blocks, a block right behind the one that gates it. Kernel has
-// `kMaxRows`, `out`, `weights(block)`, `block_bytes` and `tile<rows>(row, block, prefetch)`.
+// `kMaxRows`, `out`, `weights(block)`, `block_bytes` and `tile<rows>(row, block, fetch)`.
 template <class Kernel, size_t... Rows>
 void run_tiles(const Kernel& kernel, int64_t rows, int64_t blocks, int threads,
                std::index_sequence<Rows...>) {
-    using Tile = void (Kernel::*)(int64_t, int64_t, Prefetch) const;
-    static constexpr std::array<Tile, sizeof...(Rows)> kTiles{
-        &Kernel::template tile<static_cast<int>(Rows) + 1>...};
+    static constexpr std::array kFetching{
+        &Kernel::template tile<static_cast<int>(Rows) + 1, Prefetch>...};
+    static constexpr std::array kPlain{
+        &Kernel::template tile<static_cast<int>(Rows) + 1, NoPrefetch>...};
     const int64_t passes = ceil_div(rows, sizeof...(Rows));
     const auto compute = [&](int64_t block) {
         for (int64_t pass = 0; pass < passes; ++pass) {
             const int64_t first = rows * pass / passes, last = rows * (pass + 1) / passes;
-            const Prefetch prefetch =
-                prefetch_for(kernel.weights(block), kernel.block_bytes, pass, passes);
-            (kernel.*kTiles[last - first - 1])(first, block, prefetch);
+            if (pass < kFetchingPasses) {
+                const Prefetch fetch =
+                    prefetch_for(kernel.weights(block), kernel.block_bytes, pass, passes);
+                (kernel.*kFetching[last - first - 1])(first, block, fetch);
+            } else {
+                (kernel.*kPlain[last - first - 1])(first, block, NoPrefetch{});
+            }
         }
     };
     const int64_t gates = kernel.out.gates();

@@ -20,11 +20,10 @@ struct Dense {
 
     const uint8_t* weights(int64_t block) const { return packed + block * block_bytes; }
 
-    template <int R>
-    void tile(int64_t row, int64_t block, Prefetch prefetch) const {
+    template <int R, class Fetch>
+    void tile(int64_t row, int64_t block, Fetch fetch) const {
         __m512 sums[R][kVectors];
         RS_UNROLL for (int r = 0; r < R; ++r) {
-            out.fetch(row + r, block);
             sums[r][0] = sums[r][1] = _mm512_setzero_ps();
         }
         const uint8_t* at = weights(block);
@@ -33,7 +32,7 @@ struct Dense {
             return _mm512_castsi512_ps(rows.broadcast(r, ahead * sizeof(float)));
         };
         for (int64_t i = 0; i + 1 < inputs; i += 2, at += kStep, rows.advance(2 * sizeof(float))) {
-            prefetch.step();
+            fetch.step();
             __m512 first[kVectors], second[kVectors];
             RS_UNROLL for (int v = 0; v < kVectors; ++v) {
                 const __m512i pairs = _mm512_load_si512(at + v * kLine);

@@ -20,14 +20,13 @@ struct W4A16 {
 
     const uint8_t* weights(int64_t block) const { return w.packed + block * block_bytes; }
 
-    template <int R>
-    void tile(int64_t row, int64_t block, Prefetch prefetch) const {
+    template <int R, class Fetch>
+    void tile(int64_t row, int64_t block, Fetch fetch) const {
         // What the four low bits of a lane stand for; vpermps ignores the others.
         const __m512 values =
             _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
         __m512 totals[R][kVectors];
         RS_UNROLL for (int r = 0; r < R; ++r) {
-            out.fetch(row + r, block);
             totals[r][0] = totals[r][1] = _mm512_setzero_ps();
         }
         const uint8_t* at = weights(block);
@@ -45,7 +44,7 @@ struct W4A16 {
             }
             const float* end = inputs + w.group;
             for (; inputs < end; inputs += kStepInputs, at += kStep) {
-                prefetch.step();
+                fetch.step();
                 const __m512i bytes[kVectors] = {_mm512_load_si512(at),
                                                  _mm512_load_si512(at + kLine)};
                 RS_UNROLL for (int i = 0; i < kStepInputs; ++i) {

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kAmxRows = 4;
 
 struct W4A8 {
-    static constexpr int kMaxRows = 12;
+    static constexpr int kMaxRows = 11;  // Of a twelfth the sums do not fit beside what is unpacked.
 
     QuantizedRows x;
     Int4Weights w;
@@ -24,12 +24,11 @@ struct W4A8 {
 
     const uint8_t* weights(int64_t block) const { return w.packed + block * block_bytes; }
 
-    template <int R>
-    void tile(int64_t row, int64_t block, Prefetch prefetch) const {
+    template <int R, class Fetch>
+    void tile(int64_t row, int64_t block, Fetch fetch) const {
         const __m512i nibble = _mm512_set1_epi8(15);
         __m512 totals[R][kVectors];
         RS_UNROLL for (int r = 0; r < R; ++r) {
-            out.fetch(row + r, block);
             totals[r][0] = totals[r][1] = _mm512_setzero_ps();
         }
         const uint8_t* at = weights(block);
@@ -44,7 +43,7 @@ struct W4A8 {
             }
             const uint8_t* end = at + w.group / kStepInputs * kStep;
             for (; at < end; at += kStep, inputs.advance(kStepInputs)) {
-                prefetch.step();
+                fetch.step();
                 __m512i low[kVectors], high[kVectors];
                 RS_UNROLL for (int v = 0; v < kVectors; ++v) {
                     const __m512i bytes = _mm512_load_si512(at + v * kLine);

@@ -39,17 +39,16 @@ struct W8A8 {
 
     const uint8_t* weights(int64_t block) const { return packed + block * block_bytes; }
 
-    template <int R>
-    void tile(int64_t row, int64_t block, Prefetch prefetch) const {
+    template <int R, class Fetch>
+    void tile(int64_t row, int64_t block, Fetch fetch) const {
         __m512i sums[R][kVectors];
         RS_UNROLL for (int r = 0; r < R; ++r) {
             sums[r][0] = sums[r][1] = _mm512_set1_epi32(offsets[row + r]);
         }
-        RS_UNROLL for (int r = 0; r < R; ++r) out.fetch(row + r, block);
         const uint8_t* w = weights(block);
         RowReader<R> inputs(x.row(row), x.stride);
         for (const uint8_t* end = w + block_bytes; w < end; w += kStep, inputs.advance()) {
-            prefetch.step();
+            fetch.step();
             const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + kLine);
             RS_UNROLL for (int r = 0; r < R; ++r) {
                 const __m512i values = inputs.broadcast(r);
