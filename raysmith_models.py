@@ -129,6 +129,15 @@ def serve(
     max_replicas: Annotated[
         int | None, typer.Option(min=1, help="Most replicas; unset: their number is fixed.")
     ] = None,
+    min_parity: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of prompts it must answer as its model does offline before it takes over "
+            "from another version; unset: 0.9; 0: it is not asked.",
+        ),
+    ] = None,
     name: ClusterName = "default",
 ) -> int:
     """Offer a published model over REST."""
@@ -142,6 +151,8 @@ def serve(
             "ledger": ledger,
             **_replica_values(replicas, min_replicas, max_replicas),
         }
+        if min_parity is not None:
+            values["min_parity"] = min_parity
         session = find_session(name)
         config = parse_config(DeployConfig, values, "raysmith serve")
         entry = deploy(config, registry, serve_api(session))

@@ -3,13 +3,14 @@
 Takes a DeployConfig; gives the version that answers. One application runs each version, one is the
 gateway, whose routing table says which versions get requests. They are named by their import path,
 as data, so nothing of `serving` is imported here. A new version of a name comes up beside the old
-one, takes over its requests, and then the old one is stopped; other applications stay as they are.
+one, answers some prompts as its model does offline, takes over the requests, and then the old one
+is stopped; other applications stay as they are.
 Serve only takes all applications at once, so what runs is read again before each change: what
 another deployment or rollout did in the meantime stays.
 """
 
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,35 +45,50 @@ class Api(Protocol):
         """Make the cluster run exactly the applications of this config."""
 
 
-def deploy(config: DeployConfig, registry_root: str, api: Api) -> Entry:
+# Raises where a version must not take over a name; see `jobs.takeover.check_takeover`.
+Check = Callable[[Entry, Mapping[str, Any], float], None]
+
+
+def deploy(config: DeployConfig, registry_root: str, api: Api, check: Check | None = None) -> Entry:
     """Deploy the model, wait until it answers, and stop other versions of it.
 
-    Raises ModelNotFoundError, ModelFormatError or IntegrityError before anything is changed, and
-    ClusterError with Serve's own message if the model does not come up within `ready_timeout_s`:
-    what answered before then still does.
+    Raises ModelNotFoundError, ModelFormatError or IntegrityError before anything is changed,
+    ClusterError with Serve's own message if the model does not come up within `ready_timeout_s`,
+    and GateRefusedError if another version answers for the name and this one does not answer as
+    its model does offline (`min_parity`): what answered before then still does.
     """
     root = resolve_output(registry_root)
     entry = Registry(root).resolve(config.model)
     engine, route = engine_app(config, root, entry), route_to(entry, config)
     gateway, names = config.application, (engine["name"], config.application)
     before = running_apps(api.details())
-    has_routes = any(each["name"] == entry.name for each in routes_of(before, gateway))
+    own = [each for each in routes_of(before, gateway) if each["name"] == entry.name]
+    takes_over = bool(own) and all(each["version"] != entry.version for each in own)
     asked = {**before, engine["name"]: engine}
     asked[gateway] = gateway_app(config, before, api.http_port, routes_of(before, gateway))
-    if not has_routes:  # Else, while the new version comes up, requests still go where they went.
-        asked = with_own_routes(asked, gateway, entry.name, [route])
+    # While it comes up, requests go where they went, and it is asked by its own name alone.
+    routes = [*own, {**route, "weight": 0.0}] if takes_over else own or [route]
+    asked = with_own_routes(asked, gateway, entry.name, routes)
     try:
         apply(api, asked)
         wait_until_running(api, names, config.ready_timeout_s)
-    except ClusterError:
+        if takes_over and config.min_parity > 0 and route["task"] == "generate":
+            (check or _check_takeover)(entry, asked[gateway]["args"], config.min_parity)
+    except BaseException:
         apply(api, _taken_back(running_apps(api.details()), before, asked, names))
         raise
-    if has_routes:
+    if own:
         apply(api, with_own_routes(running_apps(api.details()), gateway, entry.name, [route]))
         wait_until_running(api, names, config.ready_timeout_s)
     if kept := without_other_versions(running_apps(api.details()), entry, before):
         apply(api, kept)
     return entry
+
+
+def _check_takeover(entry: Entry, gateway: Mapping[str, Any], min_parity: float) -> None:
+    from jobs.takeover import check_takeover  # torch takes seconds, and few deployments need it.
+
+    check_takeover(entry, gateway, min_parity)
 
 
 def engine_name(name: str, version: str) -> str:

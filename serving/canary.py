@@ -13,9 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from cluster.accounting import Key, Scope, Team
-from cluster.errors import AccountError, ClusterError, ConfigError
-from cluster.ledger import Ledger
+from cluster.errors import ClusterError, ConfigError
 from cluster.storage import resolve_output
 from jobs.deploy import (
     Api,
@@ -31,8 +29,9 @@ from jobs.deploy import (
 )
 from jobs.evaluation.parity import Endpoint, check_parity
 from jobs.registry import Entry, Registry
+from jobs.takeover import PROMPTS, endpoint
 from serving.loop_thread import LoopThread
-from serving.outcomes import ROLLOUT_TEAM, Outcomes, total
+from serving.outcomes import Outcomes, total
 from serving.ray_directory import RayDirectory
 from serving.rollout import Absence, Observation, PromoteConfig, RolloutState
 
@@ -40,24 +39,6 @@ LEASE_S = 20.0
 _ASK_TIMEOUT_S = 5.0
 _COMPARED_AT_A_TIME = 2
 _KEY_MARGIN_S = 3600.0
-_PROMPTS = (
-    "def read_lines(path):",
-    "The capital of France is",
-    "import json\n\n",
-    "Once upon a time",
-    "class Stack:\n    def __init__(self):",
-    "1, 2, 3, 4,",
-    "Dear customer,",
-    "for i in range(10):",
-    "In this paper we show",
-    "SELECT name FROM",
-    "To be, or not to be:",
-    "Q: What is 2 + 2?\nA:",
-    "raise ValueError(",
-    "The quick brown fox",
-    "# Installation\n\n",
-    "if __name__ == ",
-)
 
 
 @contextmanager
@@ -70,16 +51,11 @@ def prepare(config: PromoteConfig, api: Api) -> Iterator["Canary"]:
     entry = Registry(resolve_output(config.registry)).resolve(config.model)
     baseline = _baseline(apps, config, entry)
     route = _new_route(apps, entry, baseline)
-    gateway = apps[config.application]["args"]
     lifetime_s = config.ready_timeout_s + config.limits.max_wait_s + _KEY_MARGIN_S
     thread = LoopThread("rollout")
-    with _key(gateway.get("ledger"), lifetime_s) as key:
-        host = gateway.get("host", "127.0.0.1")
-        reachable = "127.0.0.1" if host in {"0.0.0.0", "::"} else host
-        url = f"http://{reachable}:{gateway['port']}/v1"
-        endpoint = Endpoint(url, key, entry.reference)
+    with endpoint(entry, apps[config.application]["args"], lifetime_s) as served:
         try:
-            yield Canary(config, api, (entry, baseline, route), endpoint, thread)
+            yield Canary(config, api, (entry, baseline, route), served, thread)
         finally:
             thread.stop()
 
@@ -265,32 +241,9 @@ def _new_route(apps: dict[str, App], entry: Entry, baseline: App) -> App:
     }
 
 
-@contextmanager
-def _key(ledger_url: str | None, lifetime_s: float) -> Iterator[str]:
-    """Yield a key of the rollouts' own team; it is revoked in the end, and expires anyhow."""
-    with Ledger.open(ledger_url) as ledger:
-        try:
-            ledger.team(ROLLOUT_TEAM)
-        except AccountError:
-            ledger.add_team(Team(name=ROLLOUT_TEAM))
-        key, secret = ledger.new_key(
-            Key(
-                id="",
-                team=ROLLOUT_TEAM,
-                label="rollout",
-                scopes=frozenset({Scope.INFERENCE}),
-                expires_s=int(time.time() + lifetime_s),
-            )
-        )
-        try:
-            yield secret
-        finally:
-            ledger.revoke_key(key.id)
-
-
 def _prompts(config: PromoteConfig) -> tuple[str, ...]:
     if config.prompts is None:
-        return _PROMPTS
+        return PROMPTS
     path = Path(config.prompts)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

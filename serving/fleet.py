@@ -15,6 +15,7 @@ from http import HTTPStatus
 
 import msgspec
 
+from cluster.accounting import ROLLOUT_TEAM
 from serving.continuation import MAX_LOSSES, NoReplicaError, ResumableEvents, unavailable
 from serving.directory import HEARTBEAT_S, Directory
 from serving.members import Member, MemberAttempt, is_of, prompt_tokens, start_of
@@ -29,7 +30,7 @@ from serving.messages import (
     ReplicaStats,
     ServedModel,
 )
-from serving.outcomes import ROLLOUT_TEAM, Outcomes
+from serving.outcomes import Outcomes
 from serving.routing import Load, Route, RoutingTable, affinity_of, effective_weight, pick
 from serving.transport import DeclinedError, ReplicaLostError
 

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-ROLLOUT_TEAM = "raysmith-rollout"  # Its requests are not counted: a rollout asks them itself.
 _FIRST_S, _GROWTH, _NUM_BUCKETS = 1e-4, 1.1, 160  # 0.1 ms to 7 minutes.
 
 

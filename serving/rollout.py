@@ -11,6 +11,7 @@ from enum import StrEnum
 from pydantic import Field
 
 from cluster.config import StrictModel
+from jobs.config import MIN_PARITY
 from serving.directory import EXPIRY_S
 from serving.outcomes import Outcomes, count_above, quantile_s
 
@@ -48,7 +49,10 @@ class RolloutLimits(StrictModel):
         default=900.0, gt=0, description="Rolled back if there were not enough requests until then."
     )
     min_parity: float = Field(
-        default=0.9, ge=0, le=1, description="Share of prompts it answers as it does offline."
+        default=MIN_PARITY,
+        ge=0,
+        le=1,
+        description="Share of prompts it answers as it does offline.",
     )
     max_error_increase: float = Field(
         default=0.01, ge=0, description="Failed requests, as a share, above the old version's."

@@ -7,7 +7,7 @@ from jobs.config.compression import CompressConfig, EvaluateConfig, GateConfig, 
 from jobs.config.model import DecoderConfig, ModelConfig, RopeScaling, Shape
 from jobs.config.pipeline import PipelineConfig
 from jobs.config.search import Rung, SearchConfig
-from jobs.config.serving import DeployConfig, PublishConfig, ReplicaScaling
+from jobs.config.serving import MIN_PARITY, DeployConfig, PublishConfig, ReplicaScaling
 from jobs.config.training import (
     DataConfig,
     OptimizerConfig,
@@ -19,6 +19,7 @@ from jobs.config.training import (
 )
 
 __all__ = [
+    "MIN_PARITY",
     "CompressConfig",
     "DataConfig",
     "DecoderConfig",

@@ -7,6 +7,10 @@ from pydantic import Field, model_validator
 from cluster.config import StrictModel
 
 
+# Share of prompts that a version answers as its model does offline, before it takes over a name.
+MIN_PARITY = 0.9
+
+
 class PublishConfig(StrictModel):
     """Where and under which name a model is published."""
 
@@ -73,3 +77,10 @@ class DeployConfig(StrictModel):
         "unset: RAYSMITH_LEDGER, else the one of this user.",
     )
     ready_timeout_s: float = Field(120.0, gt=0, description="How long to wait for readiness.")
+    min_parity: float = Field(
+        MIN_PARITY,
+        ge=0,
+        le=1,
+        description="Share of prompts that a version answers as its model does offline before it "
+        "takes over from another one; 0: it is not asked.",
+    )

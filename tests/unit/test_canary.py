@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cluster.accounting import ROLLOUT_TEAM
 from cluster.errors import ClusterError, ConfigError, ModelNotFoundError
 from cluster.ledger import Ledger
 from cluster.storage import staged_directory
@@ -14,7 +15,6 @@ from jobs.deploy import App, engine_app, gateway_app, route_to, routes_of, with_
 from jobs.registry import Registry
 from serving.canary import prepare
 from serving.directory import LocalDirectory
-from serving.outcomes import ROLLOUT_TEAM
 from serving.rollout import PromoteConfig, RolloutState
 
 

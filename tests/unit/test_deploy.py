@@ -1,16 +1,21 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.errors import ClusterError, ModelFormatError, ModelNotFoundError
+from cluster.errors import (
+    ClusterError,
+    GateRefusedError,
+    ModelFormatError,
+    ModelNotFoundError,
+)
 from cluster.storage import staged_directory
 from jobs.config import DeployConfig, ReplicaScaling
 from jobs.deploy import deploy, route_to, routes_of
 from jobs.models._bert import EncoderConfig, to_hf_config, write_encoder_config
-from jobs.registry import Registry
+from jobs.registry import Entry, Registry
 
 
 class FakeApi:
@@ -50,7 +55,10 @@ class FakeApi:
     def steps(self) -> list[tuple[set[str], list[str]]]:
         """The applications and the versions with requests after each call."""
         return [
-            (set(apps), [f"{r['name']}@{r['version']}" for r in routes_of(apps, "gateway")])
+            (
+                set(apps),
+                [f"{r['name']}@{r['version']}" for r in routes_of(apps, "gateway") if r["weight"]],
+            )
             for apps in self.deployed
         ]
 
@@ -66,18 +74,19 @@ def registry(tmp_path: Path) -> Path:
     return root
 
 
-def publish_encoder(registry: Path) -> None:
+def publish_encoder(registry: Path, num_versions: int = 1) -> None:
     source = registry.parent / "encoder"
     shape = EncoderConfig(
         vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, max_seq_len=128
     )
     with staged_directory(source, {"kind": "model"}) as folder:
         write_encoder_config(shape, to_hf_config(shape), folder)
-    Registry(registry).publish(source, "encoder")
+    for _ in range(num_versions):
+        Registry(registry).publish(source, "encoder")
 
 
 def config(**changes: Any) -> DeployConfig:
-    values = {"model": "tiny@1", "ledger": "/ledger.db", "ready_timeout_s": 5}
+    values = {"model": "tiny@1", "ledger": "/ledger.db", "ready_timeout_s": 5, "min_parity": 0}
     return DeployConfig(**{**values, **changes})
 
 
@@ -102,6 +111,55 @@ def test_deploy_when_another_version_runs_moves_requests_once_the_new_one_is_up(
         ({"engine--tiny--1", "engine--tiny--2", "gateway"}, ["tiny@2"]),
         ({"engine--tiny--2", "gateway"}, ["tiny@2"]),
     ]
+
+
+class Checked:
+    """A check of a version that takes over; it notes what runs then."""
+
+    def __init__(self, api: FakeApi, error: BaseException | None = None) -> None:
+        self.api, self.error = api, error
+        self.seen: list[tuple[str, float, dict[str, float]]] = []
+
+    def __call__(self, entry: Entry, gateway: Mapping[str, Any], min_parity: float) -> None:
+        assert gateway["port"] == FakeApi.http_port
+        routes = routes_of(self.api.deployed[-1], "gateway")
+        weights = {route["version"]: route["weight"] for route in routes}
+        self.seen.append((entry.reference, min_parity, weights))
+        if self.error is not None:
+            raise self.error
+
+
+def test_deploy_when_it_takes_over_is_checked_first_by_its_own_name(registry: Path):
+    api = FakeApi()
+    check = Checked(api)
+    for reference in ("tiny@1", "other@1", "tiny@2", "tiny@2"):
+        deploy(config(model=reference, min_parity=0.5), str(registry), api, check)
+    (seen,) = check.seen  # Neither a first version nor the same one again takes over.
+    assert (seen[0], seen[1]) == ("tiny@2", 0.5)
+    assert api.steps[-1] == ({"engine--tiny--2", "engine--other--1", "gateway"}, ["other@1", "tiny@2"])
+
+
+@pytest.mark.parametrize("error", [GateRefusedError("3 of 16"), KeyboardInterrupt()])
+def test_deploy_when_the_check_fails_leaves_the_old_version(
+    registry: Path, error: BaseException
+):
+    api = FakeApi()
+    check = Checked(api, error)
+    deploy(config(min_parity=0.5), str(registry), api, check)
+    with pytest.raises(type(error)):
+        deploy(config(model="tiny@2", min_parity=0.5), str(registry), api, check)
+    assert check.seen == [("tiny@2", 0.5, {"1": 1.0, "2": 0.0})]
+    assert api.deployed[-1] == api.deployed[0]
+
+
+def test_deploy_when_an_encoder_takes_over_is_not_asked_for_text(registry: Path):
+    publish_encoder(registry, num_versions=2)
+    api = FakeApi()
+    check = Checked(api)
+    for reference in ("encoder@1", "encoder@2"):
+        deploy(config(model=reference, min_parity=0.5), str(registry), api, check)
+    assert check.seen == []
+    assert api.steps[-1] == ({"engine--encoder--2", "gateway"}, ["encoder@2"])
 
 
 def test_deploy_when_another_model_runs_leaves_its_application_as_it_was(registry: Path):

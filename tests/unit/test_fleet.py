@@ -6,6 +6,7 @@ import pytest
 import uvloop
 from fleet_fakes import MODEL, CountingReplica, collect, request, setting, tokens
 
+from cluster.accounting import ROLLOUT_TEAM
 from serving.engines._protocol import FinishReason
 from serving.fleet import Waits
 from serving.messages import (
@@ -18,7 +19,7 @@ from serving.messages import (
     Started,
     TokenPrompt,
 )
-from serving.outcomes import ROLLOUT_TEAM, Outcomes
+from serving.outcomes import Outcomes
 from serving.routing import Route, RoutingTable
 
 
