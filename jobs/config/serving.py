@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from cluster.config import StrictModel
 
-
 # Share of prompts that a version answers as its model does offline, before it takes over a name.
 MIN_PARITY = 0.9
 

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from jobs.kernels import native
+from jobs.kernels import native, native_ops
 from jobs.kernels.formats import Scheme
 from jobs.kernels.operator import InPlace, Operator, Packed, Problem, Weight
 from jobs.kernels.rows import QuantizedRows, quantize
 
 BLOCK = 32
 _HUGE_PAGE_BYTES = 2 << 20
-_advise = native.function("rs_advise_huge_pages", "pn")
 
 
 def refuses(problem: Problem, *, group_multiple: int = 1) -> str | None:
@@ -42,9 +41,14 @@ def pad_outputs(weight_OI: Tensor) -> Tensor:
 
 def resident(packed: Tensor) -> Tensor:
     """Return a copy in memory of large pages, which is where weights are streamed from."""
-    copy = torch.empty(packed.shape, dtype=packed.dtype)
-    if copy.nbytes >= _HUGE_PAGE_BYTES:
-        _advise(native.address(copy), copy.nbytes)
+    if packed.nbytes < _HUGE_PAGE_BYTES:
+        return packed.clone()
+    # It begins where a page does: only whole pages are large ones.
+    size = packed.element_size()
+    room = torch.empty(packed.numel() + _HUGE_PAGE_BYTES // size, dtype=packed.dtype)
+    skipped = -room.data_ptr() % _HUGE_PAGE_BYTES // size
+    copy = room[skipped : skipped + packed.numel()].view(packed.shape)
+    native_ops.advise_huge_pages(copy)
     return copy.copy_(packed)
 
 

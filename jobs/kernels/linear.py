@@ -163,5 +163,10 @@ def resident_bytes(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, _PackedLinear):
             tensors.extend(module.packed)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    # Of a storage only what tensors lie on: a large one begins where a page does (blocks.resident).
+    spans: dict[int, tuple[int, int]] = {}
+    for tensor in tensors:
+        start, key = tensor.data_ptr(), tensor.untyped_storage().data_ptr()
+        first, stop = spans.get(key, (start, start))
+        spans[key] = min(first, start), max(stop, start + tensor.nbytes)
+    return sum(stop - first for first, stop in spans.values())

@@ -136,13 +136,14 @@ def test_deploy_when_it_takes_over_is_checked_first_by_its_own_name(registry: Pa
         deploy(config(model=reference, min_parity=0.5), str(registry), api, check)
     (seen,) = check.seen  # Neither a first version nor the same one again takes over.
     assert (seen[0], seen[1]) == ("tiny@2", 0.5)
-    assert api.steps[-1] == ({"engine--tiny--2", "engine--other--1", "gateway"}, ["other@1", "tiny@2"])
+    assert api.steps[-1] == (
+        {"engine--tiny--2", "engine--other--1", "gateway"},
+        ["other@1", "tiny@2"],
+    )
 
 
 @pytest.mark.parametrize("error", [GateRefusedError("3 of 16"), KeyboardInterrupt()])
-def test_deploy_when_the_check_fails_leaves_the_old_version(
-    registry: Path, error: BaseException
-):
+def test_deploy_when_the_check_fails_leaves_the_old_version(registry: Path, error: BaseException):
     api = FakeApi()
     check = Checked(api, error)
     deploy(config(min_parity=0.5), str(registry), api, check)

@@ -21,7 +21,7 @@ from jobs.kernels.formats import (
     round_to_scale,
     value_range,
 )
-from jobs.kernels.linear import DenseLinear, QuantizedLinear, build_linear, fuse
+from jobs.kernels.linear import DenseLinear, QuantizedLinear, build_linear, fuse, resident_bytes
 from jobs.kernels.rows import QuantizedRows, padded_inputs, quantize
 
 pytestmark = pytest.mark.skipif(
@@ -188,6 +188,12 @@ def test_layers_when_they_do_not_match_are_not_fused() -> None:
     assert fuse([make_layer(make_weight(33, 64, Layout("w8a8"))), int8]) is None
     by_torch = build_linear(random(32, 64), None, dtype=torch.float32)
     assert fuse([by_torch, by_torch]) is None
+
+
+def test_layer_when_large_begins_with_a_large_page_and_counts_only_itself() -> None:
+    layer = make_layer(make_weight(2048, 1024, Layout("bf16")))
+    assert layer.packed[0].data_ptr() % (2 << 20) == 0
+    assert resident_bytes(layer) == 2048 * 1024 * 2
 
 
 def test_layer_when_not_ours_writes_in_place_too() -> None:
