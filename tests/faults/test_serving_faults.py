@@ -16,6 +16,7 @@ import psutil
 import pytest
 from serving_service import Service, publish, start_service
 
+from cluster.errors import EngineError
 from cluster.head import MARKER
 from cluster.serve_api import serve_api
 from jobs.config import DeployConfig, ReplicaScaling
@@ -186,6 +187,26 @@ def test_rollout_when_the_version_is_bad_rolls_back_by_itself(service, seed, is_
     assert service.registry.resolve("tiny").reference == before
     assert ask(service, "def read_", 30) == expected
     wait_until(lambda: f"engine--tiny--{reference[5:]}" not in applications(service))
+
+
+def test_deployment_when_the_version_does_not_answer_as_its_model_leaves_the_old_one(service):
+    before, expected = applications(service), ask(service, "def read_", 30)
+    reference = publish(service.folder, seed=3, is_broken=True)
+    with Load(service).running() as load, pytest.raises(EngineError, match="a parity prompt"):
+        offer(service, reference)
+    assert load.failures == []
+    assert ask(service, "def read_", 30) == expected
+    wait_until(lambda: applications(service) == before)
+
+
+def test_deployment_when_the_version_answers_as_its_model_takes_over(service):
+    reference = publish(service.folder, seed=11)
+    with Load(service).running() as load:
+        offer(service, reference)
+    assert load.failures == []
+    (model,) = service.client().models.list().data
+    assert model.root == reference
+    wait_until(lambda: applications(service) == {"gateway", f"engine--tiny--{reference[5:]}"})
 
 
 def test_model_when_nobody_asks_stops_and_comes_back_when_asked(service):
