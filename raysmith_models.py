@@ -135,7 +135,7 @@ def serve(
             min=0,
             max=1,
             help="Share of prompts it must answer as its model does offline before it takes over "
-            "from another version; unset: 0.9; 0: it is not asked.",
+            "from another version; unset: 0.9; 0: it is not asked. Needs the gateway's ledger.",
         ),
     ] = None,
     name: ClusterName = "default",

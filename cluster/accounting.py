@@ -23,7 +23,7 @@ from cluster.storage import check_name
 HOUR_S = 3600
 # A writer that was silent for so long has died: what it leased is free again.
 WRITER_TTL_S = 300
-# Asks to compare a version's answers; what it asks is counted for no version.
+# Asks to compare a version's answers: charged like any other, and no part of its outcomes.
 ROLLOUT_TEAM = "raysmith-rollout"
 
 

@@ -45,8 +45,9 @@ class Api(Protocol):
         """Make the cluster run exactly the applications of this config."""
 
 
-# Raises where a version must not take over a name; see `jobs.takeover.check_takeover`.
-Check = Callable[[Entry, Mapping[str, Any], float], None]
+# Raises where a version must not take over a name: given it, the gateway's arguments, its route and
+# the least parity; see `jobs.takeover.check_takeover`.
+Check = Callable[[Entry, Mapping[str, Any], Mapping[str, Any], float], None]
 
 
 def deploy(config: DeployConfig, registry_root: str, api: Api, check: Check | None = None) -> Entry:
@@ -63,32 +64,51 @@ def deploy(config: DeployConfig, registry_root: str, api: Api, check: Check | No
     gateway, names = config.application, (engine["name"], config.application)
     before = running_apps(api.details())
     own = [each for each in routes_of(before, gateway) if each["name"] == entry.name]
-    takes_over = bool(own) and all(each["version"] != entry.version for each in own)
+    answering = {each["version"] for each in own if _answers(each)}
+    takes_over = bool(answering) and entry.version not in answering
     asked = {**before, engine["name"]: engine}
     asked[gateway] = gateway_app(config, before, api.http_port, routes_of(before, gateway))
     # While it comes up, requests go where they went, and it is asked by its own name alone.
-    routes = [*own, {**route, "weight": 0.0}] if takes_over else own or [route]
+    others = [each for each in own if each["version"] != entry.version]
+    routes = [*others, {**route, "weight": 0.0}] if takes_over else own or [route]
     asked = with_own_routes(asked, gateway, entry.name, routes)
     try:
         apply(api, asked)
         wait_until_running(api, names, config.ready_timeout_s)
-        if takes_over and config.min_parity > 0 and route["task"] == "generate":
-            (check or _check_takeover)(entry, asked[gateway]["args"], config.min_parity)
+        if takes_over and config.min_parity > 0:
+            (check or _check_takeover)(entry, asked[gateway]["args"], route, config.min_parity)
     except BaseException:
         apply(api, _taken_back(running_apps(api.details()), before, asked, names))
         raise
     if own:
-        apply(api, with_own_routes(running_apps(api.details()), gateway, entry.name, [route]))
+        now = running_apps(api.details())
+        # Of other deployments, which are still checking theirs.
+        later = [
+            each
+            for each in routes_of(now, gateway)
+            if each["name"] == entry.name
+            and each["version"] != entry.version
+            and each not in own
+            and not each.get("weight", 1.0)
+        ]
+        apply(api, with_own_routes(now, gateway, entry.name, [route, *later]))
         wait_until_running(api, names, config.ready_timeout_s)
     if kept := without_other_versions(running_apps(api.details()), entry, before):
         apply(api, kept)
     return entry
 
 
-def _check_takeover(entry: Entry, gateway: Mapping[str, Any], min_parity: float) -> None:
+def _answers(route: Mapping[str, Any]) -> bool:
+    """Return whether a version gets requests for the name, and for good."""
+    return bool(route.get("weight", 1.0)) and route.get("lease") is None
+
+
+def _check_takeover(
+    entry: Entry, gateway: Mapping[str, Any], route: Mapping[str, Any], min_parity: float
+) -> None:
     from jobs.takeover import check_takeover  # torch takes seconds, and few deployments need it.
 
-    check_takeover(entry, gateway, min_parity)
+    check_takeover(entry, gateway, route, min_parity)
 
 
 def engine_name(name: str, version: str) -> str:

@@ -8,13 +8,23 @@ what is done about the answer.
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from cluster.accounting import ROLLOUT_TEAM, Key, Scope, Team
-from cluster.errors import AccountError, GateRefusedError, ModelFormatError
+from cluster.errors import (
+    AccountError,
+    ConfigError,
+    EngineError,
+    GateRefusedError,
+    LedgerError,
+    ModelFormatError,
+    TokenizerError,
+)
 from cluster.ledger import Ledger
-from jobs.evaluation.parity import Endpoint, check_parity
+from cluster.ledger_schema import public_url
+from jobs.data.tokenizer import load_tokenizer
+from jobs.evaluation.parity import Endpoint, compare, offline_answers
 from jobs.models._hf import from_hf_config, read_config
 from jobs.registry import Entry
 
@@ -42,32 +52,62 @@ MAX_TOKENS = 16  # of each answer
 _KEY_LIFETIME_S = 3600.0
 
 
-def check_takeover(entry: Entry, gateway: Mapping[str, Any], min_parity: float) -> None:
+def check_takeover(
+    entry: Entry, gateway: Mapping[str, Any], route: Mapping[str, Any], min_parity: float
+) -> None:
     """Raise GateRefusedError if fewer prompts than this share are answered as they are offline.
 
-    `gateway` are the arguments of its application, whose routes must know the version. A model
-    that only another engine than ours reads is not compared, and a warning says so. Raises
-    EngineError if a prompt is refused.
+    `gateway` are the arguments of its application, which knows the version by `route`. A model that
+    the offline reference cannot read (it embeds, or only another engine reads it) is not compared,
+    and a warning says so. The model is read once more, into this process.
     """
-    try:
-        from_hf_config(read_config(entry.path))
-    except ModelFormatError as error:
-        _logger.warning(
-            "%s takes over without a comparison, as there is no offline reference for it: %s",
-            entry.reference,
-            error.message,
-        )
+    prompts, offline = _offline(entry, route.get("context_tokens"))
+    if not prompts:
         return
-    with endpoint(entry, gateway, _KEY_LIFETIME_S) as served:
-        report = check_parity(entry.path, served, PROMPTS, max_tokens=MAX_TOKENS)
+    try:
+        with endpoint(entry, gateway, _KEY_LIFETIME_S) as served:
+            report = compare(prompts, offline, served, max_tokens=MAX_TOKENS)
+    except (EngineError, LedgerError, ConfigError) as error:
+        raise GateRefusedError(
+            f"{entry.reference} could not be compared with its model, and what answered before "
+            f"still does: {error.message} The key to ask with was made in the ledger "
+            f"{public_url(gateway.get('ledger')) or 'that RAYSMITH_LEDGER names, or yours'}: it "
+            "must be the gateway's. Without a comparison: `raysmith serve --min-parity 0`."
+        ) from error
     if report.num_equal < min_parity * report.num_prompts:
         first = report.disagreements[0]
         raise GateRefusedError(
             f"{entry.reference} answers {report.num_equal} of {report.num_prompts} prompts as its "
             f"model does offline, and {min_parity:.0%} must be. The first that differs is "
-            f"{first.prompt!r}: {first.served!r} instead of {first.offline!r}. Look at its engine "
-            "options (a cache in fewer bits rounds), or allow it with a lower `min_parity`."
+            f"{first.prompt!r}: {first.served!r} instead of {first.offline!r}. What answered "
+            "before still does. Look at the version's engine options (a cache in fewer bits "
+            "rounds), or allow it with a lower `min_parity`."
         )
+
+
+def _offline(entry: Entry, context_tokens: int | None) -> tuple[list[str], list[str]]:
+    """Return the prompts that fit a version, and their answers; none where there is no reference.
+
+    Raises IntegrityError for a damaged model.
+    """
+    try:
+        tokenizer = load_tokenizer(entry.path)
+        from_hf_config(read_config(entry.path))
+        prompts = [
+            prompt
+            for prompt in PROMPTS
+            if context_tokens is None
+            or len(tokenizer.encode(prompt)) + MAX_TOKENS <= context_tokens
+        ]
+        answers = offline_answers(entry.path, prompts, max_tokens=MAX_TOKENS)
+    except (ModelFormatError, TokenizerError) as error:
+        reason = f"there is no offline reference for it: {error.message}"
+    else:
+        if prompts:
+            return prompts, answers
+        reason = f"no prompt fits into its {context_tokens} tokens."
+    _logger.warning("%s takes over without a comparison: %s", entry.reference, reason)
+    return [], []
 
 
 @contextmanager
@@ -80,9 +120,7 @@ def endpoint(entry: Entry, gateway: Mapping[str, Any], lifetime_s: float) -> Ite
     reachable = "127.0.0.1" if host in {"0.0.0.0", "::"} else host
     url = f"http://{reachable}:{gateway['port']}/v1"
     with Ledger.open(gateway.get("ledger")) as ledger:
-        try:
-            ledger.team(ROLLOUT_TEAM)
-        except AccountError:
+        with suppress(AccountError):  # There is one, or somebody else has just added it.
             ledger.add_team(Team(name=ROLLOUT_TEAM))
         key, secret = ledger.new_key(
             Key(

@@ -81,5 +81,6 @@ class DeployConfig(StrictModel):
         ge=0,
         le=1,
         description="Share of prompts that a version answers as its model does offline before it "
-        "takes over from another one; 0: it is not asked.",
+        "takes over from another one, if our decoder reads it; the model is read once more for "
+        "that. 0: it is not asked.",
     )

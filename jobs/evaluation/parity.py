@@ -69,14 +69,31 @@ def check_parity(
     """Ask every prompt offline and over REST, greedily, and compare the decoded tokens.
 
     Prompts are asked `concurrency` at a time, so that batches form. Raises EngineError if the
-    endpoint refuses one.
+    endpoint refuses one or cannot be reached.
     """
     offline = offline_answers(directory, prompts, max_tokens=max_tokens)
+    return compare(prompts, offline, endpoint, max_tokens=max_tokens, concurrency=concurrency)
+
+
+def compare(
+    prompts: Sequence[str],
+    offline: Sequence[str],
+    endpoint: Endpoint,
+    *,
+    max_tokens: int,
+    concurrency: int = 8,
+) -> ParityReport:
+    """Ask every prompt over REST and compare with its offline answer; see `check_parity`."""
     with (
-        httpx.Client(timeout=endpoint.timeout_s) as client,
+        httpx.Client(timeout=endpoint.timeout_s, trust_env=False) as client,
         ThreadPoolExecutor(concurrency) as pool,
     ):
-        served = list(pool.map(lambda p: _ask(client, endpoint, p, max_tokens), prompts))
+        try:
+            served = list(pool.map(lambda p: _ask(client, endpoint, p, max_tokens), prompts))
+        except BaseException:  # Nobody waits for the other answers.
+            pool.shutdown(wait=False, cancel_futures=True)
+            client.close()
+            raise
     differing = tuple(
         Disagreement(prompt, expected, found)
         for prompt, expected, found in zip(prompts, offline, served, strict=True)
@@ -115,16 +132,17 @@ def _one_thread() -> Iterator[None]:
 
 
 def _ask(client: httpx.Client, endpoint: Endpoint, prompt: str, max_tokens: int) -> str:
-    response = client.post(
-        f"{endpoint.base_url}/completions",
-        headers={"Authorization": f"Bearer {endpoint.api_key}"},
-        json={
-            "model": endpoint.model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-        },
-    )
+    body = {
+        "model": endpoint.model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+    }
+    headers = {"Authorization": f"Bearer {endpoint.api_key}"}
+    try:
+        response = client.post(f"{endpoint.base_url}/completions", headers=headers, json=body)
+    except httpx.HTTPError as error:
+        raise EngineError(f"{endpoint.base_url} did not answer a parity prompt: {error}") from error
     if response.status_code != httpx.codes.OK:
         raise EngineError(
             f"{endpoint.base_url} answered {response.status_code} to a parity prompt: "

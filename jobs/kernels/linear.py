@@ -158,14 +158,16 @@ def fuse(
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Return the bytes that a model's weights occupy, shared ones counted once."""
+    """Return the bytes that a model's weights occupy, shared ones counted once.
+
+    The room that aligns a large one, of 2 MiB at most, is not written and not counted.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, _PackedLinear):
             tensors.extend(module.packed)
-    # Of a storage only what tensors lie on: a large one begins where a page does (blocks.resident).
     spans: dict[int, tuple[int, int]] = {}
-    for tensor in tensors:
+    for tensor in filter(Tensor.numel, tensors):
         start, key = tensor.data_ptr(), tensor.untyped_storage().data_ptr()
         first, stop = spans.get(key, (start, start))
         spans[key] = min(first, start), max(stop, start + tensor.nbytes)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from serving_service import Service, publish, start_service
 
-from cluster.errors import EngineError
+from cluster.errors import GateRefusedError
 from cluster.head import MARKER
 from cluster.serve_api import serve_api
 from jobs.config import DeployConfig, ReplicaScaling
@@ -192,7 +192,7 @@ def test_rollout_when_the_version_is_bad_rolls_back_by_itself(service, seed, is_
 def test_deployment_when_the_version_does_not_answer_as_its_model_leaves_the_old_one(service):
     before, expected = applications(service), ask(service, "def read_", 30)
     reference = publish(service.folder, seed=3, is_broken=True)
-    with Load(service).running() as load, pytest.raises(EngineError, match="a parity prompt"):
+    with Load(service).running() as load, pytest.raises(GateRefusedError, match="a parity prompt"):
         offer(service, reference)
     assert load.failures == []
     assert ask(service, "def read_", 30) == expected

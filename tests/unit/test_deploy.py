@@ -13,7 +13,7 @@ from cluster.errors import (
 )
 from cluster.storage import staged_directory
 from jobs.config import DeployConfig, ReplicaScaling
-from jobs.deploy import deploy, route_to, routes_of
+from jobs.deploy import deploy, route_to, routes_of, with_routes
 from jobs.models._bert import EncoderConfig, to_hf_config, write_encoder_config
 from jobs.registry import Entry, Registry
 
@@ -74,15 +74,14 @@ def registry(tmp_path: Path) -> Path:
     return root
 
 
-def publish_encoder(registry: Path, num_versions: int = 1) -> None:
+def publish_encoder(registry: Path) -> None:
     source = registry.parent / "encoder"
     shape = EncoderConfig(
         vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, max_seq_len=128
     )
     with staged_directory(source, {"kind": "model"}) as folder:
         write_encoder_config(shape, to_hf_config(shape), folder)
-    for _ in range(num_versions):
-        Registry(registry).publish(source, "encoder")
+    Registry(registry).publish(source, "encoder")
 
 
 def config(**changes: Any) -> DeployConfig:
@@ -120,8 +119,15 @@ class Checked:
         self.api, self.error = api, error
         self.seen: list[tuple[str, float, dict[str, float]]] = []
 
-    def __call__(self, entry: Entry, gateway: Mapping[str, Any], min_parity: float) -> None:
+    def __call__(
+        self,
+        entry: Entry,
+        gateway: Mapping[str, Any],
+        route: Mapping[str, Any],
+        min_parity: float,
+    ) -> None:
         assert gateway["port"] == FakeApi.http_port
+        assert route["context_tokens"] == 2048
         routes = routes_of(self.api.deployed[-1], "gateway")
         weights = {route["version"]: route["weight"] for route in routes}
         self.seen.append((entry.reference, min_parity, weights))
@@ -153,14 +159,32 @@ def test_deploy_when_the_check_fails_leaves_the_old_version(registry: Path, erro
     assert api.deployed[-1] == api.deployed[0]
 
 
-def test_deploy_when_an_encoder_takes_over_is_not_asked_for_text(registry: Path):
-    publish_encoder(registry, num_versions=2)
+def test_deploy_when_its_route_was_left_without_requests_is_checked(registry: Path):
     api = FakeApi()
     check = Checked(api)
-    for reference in ("encoder@1", "encoder@2"):
-        deploy(config(model=reference, min_parity=0.5), str(registry), api, check)
-    assert check.seen == []
-    assert api.steps[-1] == ({"engine--encoder--2", "gateway"}, ["encoder@2"])
+    deploy(config(min_parity=0.5), str(registry), api, check)
+    (left,) = routes_of(api.deployed[-1], "gateway")
+    routes = [left, {**left, "version": "2", "weight": 0.0}]
+    api.deployed.append(with_routes(api.deployed[-1], "gateway", routes))
+    deploy(config(model="tiny@2", min_parity=0.5), str(registry), api, check)
+    assert check.seen == [("tiny@2", 0.5, {"1": 1.0, "2": 0.0})]
+    assert api.steps[-1] == ({"engine--tiny--2", "gateway"}, ["tiny@2"])
+
+
+def test_deploy_when_another_version_is_still_checked_leaves_it_its_route(registry: Path):
+    api = FakeApi()
+    deploy(config(), str(registry), api)
+    (route,) = routes_of(api.deployed[-1], "gateway")
+    late = {**route, "version": "3", "weight": 0.0}
+
+    def start_another() -> None:
+        routes = [*routes_of(api.deployed[-1], "gateway"), late]
+        api.deployed.append(with_routes(api.deployed[-1], "gateway", routes))
+
+    api.meanwhile = [start_another]
+    deploy(config(model="tiny@2"), str(registry), api)
+    assert late in routes_of(api.deployed[-1], "gateway")
+    assert api.steps[-1][1] == ["tiny@2"]
 
 
 def test_deploy_when_another_model_runs_leaves_its_application_as_it_was(registry: Path):

@@ -35,6 +35,7 @@ LAYOUTS = [
     Layout("w8a8"),
     Layout("w4a8", 32),
     Layout("w4a8", 64),
+    Layout("w4a8", 96),
     Layout("w4a8", 128),
     Layout("w4a16", 8),
     Layout("w4a16", 32),
@@ -103,9 +104,9 @@ def test_product_when_rows_are_computed_alone_is_bitwise_the_same(
 ) -> None:
     rows, columns = shapes_of(layout)[-1]
     layer = make_layer(make_weight(rows, columns, layout))
-    x_NI = random(40, columns, seed=2)
+    x_NI = random(161, columns, seed=2)
     whole_NO = layer(x_NI)
-    for count in range(1, 41):
+    for count in (*range(1, 41), 49, 64, 70, 97, 161):
         assert torch.equal(layer(x_NI[:count]), whole_NO[:count]), f"{count} rows"
         assert torch.equal(layer(x_NI[count - 1 : count]), whole_NO[count - 1 : count])
 
@@ -126,7 +127,7 @@ def test_product_when_threads_differ_is_bitwise_the_same(layout: Layout) -> None
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_product_of_int8_is_no_slower_than_of_int4_which_unpacks_too() -> None:
+def test_product_when_int8_is_no_slower_than_int4_which_unpacks_too() -> None:
     # A tile whose sums the compiler puts on the stack takes more than twice as long.
     x_NI = quantize(random(12, 1024))
     layers = [make_layer(make_weight(64, 1024, Layout(*of))) for of in (("w8a8",), ("w4a8", 32))]

@@ -46,6 +46,7 @@ class TileRegisters {
             config.rows[tile] = tile_rows[tile];
             config.row_bytes[tile] = !tile_rows[tile] ? 0 : holds_inputs ? inputs : kLine;
         }
+        asm volatile("" ::"r"(&config) : "memory");  // Reading all of it is not known either.
         _tile_loadconfig(&config);
     }
     ~TileRegisters() { _tile_release(); }

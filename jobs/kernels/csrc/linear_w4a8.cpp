@@ -10,7 +10,7 @@
 namespace rs {
 namespace {
 
-// From so many rows on, unpacking for tiles costs less than it saves.
+// Of fewer rows, unpacking for tiles takes longer than their products (estimated, not measured).
 constexpr int64_t kAmxRows = 4;
 
 struct W4A8 {
@@ -90,7 +90,7 @@ struct W4A8 {
             at += kLine;
             clear_sums(kHasLower);
             for (int64_t i = 0; i < w.group; i += inputs, at += step_bytes, values += inputs) {
-                prefetch.step(step_bytes);
+                prefetch.step(step_bytes + (i == 0 ? kLine : 0));  // The group's scales, too.
                 buffer = (buffer + 1) % kBuffers;
                 unpack(at, step_bytes, unpacked[buffer]);
                 add_products<kHasLower>(values, x.stride, unpacked[buffer]);

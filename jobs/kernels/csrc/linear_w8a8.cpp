@@ -10,7 +10,7 @@
 namespace rs {
 namespace {
 
-// Fewer rows are as fast on vectors: both wait for memory.
+// Fewer rows wait for memory either way (estimated, not measured).
 constexpr int64_t kAmxRows = 3;
 
 // The scales of a block's outputs.

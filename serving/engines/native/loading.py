@@ -204,5 +204,5 @@ def _log(info: EngineInfo) -> None:
         info.decoding,
         operators or "as they are",
     )
-    if native.is_available() and native.has_amx():
+    if "vnni" in info.operators.values() and native.has_amx():
         _logger.info("native engine: products of int8 rows run on AMX")
