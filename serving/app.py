@@ -13,8 +13,8 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from cluster.config import StrictModel
 from cluster.ledger import Ledger
 from cluster.storage import resolve_output
+from jobs.applications import published_s
 from jobs.config import ReplicaScaling
-from jobs.deploy import published_s
 from jobs.registry import Registry
 from serving.engine_deployment import DRAIN_MARGIN_S, EngineDeployment
 from serving.gateway.limits import GatewayLimits

@@ -15,18 +15,16 @@ import httpx
 
 from cluster.errors import ClusterError, ConfigError
 from cluster.storage import resolve_output
-from jobs.deploy import (
-    Api,
+from jobs.applications import (
     App,
-    apply,
     described,
     engine_name,
     routes_of,
     running_apps,
-    wait_until_running,
     with_own_routes,
     without_other_versions,
 )
+from jobs.deploy import Api, apply, wait_until_running
 from jobs.evaluation.parity import Endpoint, check_parity
 from jobs.registry import Entry, Registry
 from jobs.takeover import PROMPTS, endpoint

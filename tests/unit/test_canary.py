@@ -10,8 +10,8 @@ from cluster.accounting import ROLLOUT_TEAM
 from cluster.errors import ClusterError, ConfigError, ModelNotFoundError
 from cluster.ledger import Ledger
 from cluster.storage import staged_directory
+from jobs.applications import App, engine_app, gateway_app, route_to, routes_of, with_routes
 from jobs.config import DeployConfig
-from jobs.deploy import App, engine_app, gateway_app, route_to, routes_of, with_routes
 from jobs.registry import Registry
 from serving.canary import prepare
 from serving.directory import LocalDirectory

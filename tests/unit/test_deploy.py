@@ -12,8 +12,9 @@ from cluster.errors import (
     ModelNotFoundError,
 )
 from cluster.storage import staged_directory
+from jobs.applications import route_to, routes_of, with_routes
 from jobs.config import DeployConfig, ReplicaScaling
-from jobs.deploy import deploy, route_to, routes_of, with_routes
+from jobs.deploy import deploy
 from jobs.models._bert import EncoderConfig, to_hf_config, write_encoder_config
 from jobs.registry import Entry, Registry
 
