@@ -90,9 +90,8 @@ def compare(
     ):
         try:
             served = list(pool.map(lambda p: _ask(client, endpoint, p, max_tokens), prompts))
-        except BaseException:  # Nobody waits for the other answers.
+        except BaseException:  # The rest is not asked; what was, is waited for.
             pool.shutdown(wait=False, cancel_futures=True)
-            client.close()
             raise
     differing = tuple(
         Disagreement(prompt, expected, found)
