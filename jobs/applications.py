@@ -114,6 +114,11 @@ def routes_of(apps: Apps, gateway: str) -> list[App]:
     return [dict(route) for table in tables for route in table.get("routes", [])]
 
 
+def own_routes(apps: Apps, gateway: str, name: str) -> list[App]:
+    """Return the lines of the routing table for a model's name."""
+    return [route for route in routes_of(apps, gateway) if route["name"] == name]
+
+
 def with_routes(apps: Apps, gateway: str, routes: Sequence[App]) -> dict[str, App]:
     """Return the applications with another routing table; nothing of them restarts for it.
 

@@ -18,6 +18,7 @@ from jobs.applications import (
     Apps,
     engine_app,
     gateway_app,
+    own_routes,
     route_to,
     routes_of,
     running_apps,
@@ -63,7 +64,7 @@ def deploy(config: DeployConfig, registry_root: str, api: Api, check: Check | No
     engine, route = engine_app(config, root, entry), route_to(entry, config)
     gateway, names = config.application, (engine["name"], config.application)
     before = running_apps(api.details())
-    own = [each for each in routes_of(before, gateway) if each["name"] == entry.name]
+    own = own_routes(before, gateway, entry.name)
     answering = {each["version"] for each in own if _answers(each)}
     takes_over = bool(answering) and entry.version not in answering
     asked = {**before, engine["name"]: engine}
@@ -85,11 +86,8 @@ def deploy(config: DeployConfig, registry_root: str, api: Api, check: Check | No
         # Of other deployments, which are still checking theirs.
         later = [
             each
-            for each in routes_of(now, gateway)
-            if each["name"] == entry.name
-            and each["version"] != entry.version
-            and each not in own
-            and not each.get("weight", 1.0)
+            for each in own_routes(now, gateway, entry.name)
+            if each["version"] != entry.version and each not in own and not each.get("weight", 1.0)
         ]
         apply(api, with_own_routes(now, gateway, entry.name, [route, *later]))
         wait_until_running(api, names, config.ready_timeout_s)

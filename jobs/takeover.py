@@ -25,7 +25,6 @@ from cluster.ledger import Ledger
 from cluster.ledger_schema import public_url
 from jobs.data.tokenizer import load_tokenizer
 from jobs.evaluation.parity import Endpoint, compare, offline_answers
-from jobs.models._hf import from_hf_config, read_config
 from jobs.registry import Entry
 
 _logger = logging.getLogger(__name__)
@@ -92,20 +91,17 @@ def _offline(entry: Entry, context_tokens: int | None) -> tuple[list[str], list[
     """
     try:
         tokenizer = load_tokenizer(entry.path)
-        from_hf_config(read_config(entry.path))
         prompts = [
             prompt
             for prompt in PROMPTS
             if context_tokens is None
             or len(tokenizer.encode(prompt)) + MAX_TOKENS <= context_tokens
         ]
-        answers = offline_answers(entry.path, prompts, max_tokens=MAX_TOKENS)
+        if prompts:
+            return prompts, offline_answers(entry.path, prompts, max_tokens=MAX_TOKENS)
+        reason = f"no prompt fits into its {context_tokens} tokens."
     except (ModelFormatError, TokenizerError) as error:
         reason = f"there is no offline reference for it: {error.message}"
-    else:
-        if prompts:
-            return prompts, answers
-        reason = f"no prompt fits into its {context_tokens} tokens."
     _logger.warning("%s takes over without a comparison: %s", entry.reference, reason)
     return [], []
 

@@ -19,7 +19,7 @@ from jobs.applications import (
     App,
     described,
     engine_name,
-    routes_of,
+    own_routes,
     running_apps,
     with_own_routes,
     without_other_versions,
@@ -205,7 +205,7 @@ class Canary:
 
 def _baseline(apps: dict[str, App], config: PromoteConfig, entry: Entry) -> App:
     """Return the route that answers for the name now."""
-    routes = [r for r in routes_of(apps, config.application) if r["name"] == entry.name]
+    routes = own_routes(apps, config.application, entry.name)
     others = [r for r in routes if r["version"] != entry.version and r.get("lease") is None]
     found = max(others, key=lambda route: float(route.get("weight", 1.0)), default=None)
     if found is None:

@@ -129,7 +129,7 @@ class TilePrefetch {
     int64_t share_;  // of a step's bytes, this pass fetches one in so many
 };
 
-// Compute all rows of all blocks, a block right behind the one that gates it. Kernel has `out`,
+// Compute all rows of all blocks. Kernel has `out`,
 // `weights(block)`, `block_bytes`, `step_inputs` and `pass<has_lower>(row, rows, block, prefetch)`.
 template <class Kernel>
 void run_passes(const Kernel& kernel, int64_t rows, int64_t blocks, int threads) {
@@ -153,11 +153,7 @@ void run_passes(const Kernel& kernel, int64_t rows, int64_t blocks, int threads)
             kernel.template pass<false>(whole * kPassRows, rest, block, prefetch(whole));
         }
     };
-    const int64_t gates = kernel.out.gates();
-    parallel_ranges(gates ? gates : blocks, threads, [&](int64_t block) {
-        compute(block);
-        if (gates) compute(block + gates);
-    });
+    run_blocks(kernel.out, blocks, threads, compute);
 }
 
 #endif

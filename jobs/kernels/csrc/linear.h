@@ -126,7 +126,17 @@ inline Prefetch prefetch_for(const uint8_t* weights, int64_t block_bytes, int64_
     return {here + block_bytes + pass * (block_bytes / kFetchingPasses), 0, kLine};
 }
 
-// Compute all rows of all blocks, a block right behind the one that gates it. Kernel has
+// Call compute(block) for all blocks, for a block right behind the one that gates it.
+template <class Compute>
+void run_blocks(const Output& out, int64_t blocks, int threads, const Compute& compute) {
+    const int64_t gates = out.gates();
+    parallel_ranges(gates ? gates : blocks, threads, [&](int64_t block) {
+        compute(block);
+        if (gates) compute(block + gates);
+    });
+}
+
+// Compute all rows of all blocks. Kernel has
 // `kMaxRows`, `out`, `weights(block)`, `block_bytes` and `tile<rows>(row, block, fetch)`.
 template <class Kernel, size_t... Rows>
 void run_tiles(const Kernel& kernel, int64_t rows, int64_t blocks, int threads,
@@ -148,11 +158,7 @@ void run_tiles(const Kernel& kernel, int64_t rows, int64_t blocks, int threads,
             }
         }
     };
-    const int64_t gates = kernel.out.gates();
-    parallel_ranges(gates ? gates : blocks, threads, [&](int64_t block) {
-        compute(block);
-        if (gates) compute(block + gates);
-    });
+    run_blocks(kernel.out, blocks, threads, compute);
 }
 
 template <class Kernel>
