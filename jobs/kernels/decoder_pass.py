@@ -104,9 +104,10 @@ class DecoderPass:
         `attention` knows the rotation already. Keys and values of all tokens are written, and
         nothing is computed that only the last outputs of unwanted tokens would need.
         """
-        assert bool((wanted_N[1:] > wanted_N[:-1]).all()), f"places must rise: {wanted_N}"
-        is_inside = not len(wanted_N) or 0 <= wanted_N[0] <= wanted_N[-1] < len(tokens_T)
-        assert is_inside, f"places are beyond the pass's {len(tokens_T)} tokens: {wanted_N}"
+        places = wanted_N.numpy()
+        assert (places[1:] > places[:-1]).all(), f"places must rise: {places}"
+        is_inside = not len(places) or 0 <= places[0] <= places[-1] < len(tokens_T)
+        assert is_inside, f"places are beyond the pass's {len(tokens_T)} tokens: {places}"
         out_NC = torch.empty((len(wanted_N), self._weights.norm_C.shape[0]))
         floats = (space.h, space.x, space.qkv, space.o, space.gate_up)
         quantized = space.quantized

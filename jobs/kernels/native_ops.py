@@ -18,14 +18,15 @@ from torch import Tensor
 
 from jobs.kernels import native
 
-TILE_ROWS = 64  # attention.cpp, kTileRows
-MAX_HEAD_DIM = 256  # attention.cpp, kMaxDim
+TILE_ROWS = 64  # attention_tiles.h, kTileRows
+MAX_HEAD_DIM = 256  # attention_rows.h, kMaxDim
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _SPAN_FIELDS = 5
 
 _advise_huge_pages = native.function("rs_advise_huge_pages", "pn")
 _attend_paged = native.function("rs_attend_paged", "ppnpppnnnppfpi")
 _embed = native.function("rs_embed", "pippnni")
+_find_best = native.function("rs_find_best", "pppnni")
 _rms_norm = native.function("rs_rms_norm", "pppnnnfi")
 _silu_mul = native.function("rs_silu_mul", "ppnnnni")
 
@@ -173,6 +174,15 @@ def silu_mul(gate_up_NC: Tensor, out_NC: Tensor) -> None:
     _silu_mul(
         gate_up_NC.data_ptr(), out_NC.data_ptr(), num_rows, width, *strides, native.num_threads()
     )
+
+
+def find_best(x_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest value of each row and its lowest place; NaN is larger than any number."""
+    best_N = torch.empty(len(x_NV))
+    ids_N = torch.empty(len(x_NV), dtype=torch.int64)
+    pointers = (x_NV.data_ptr(), best_N.data_ptr(), ids_N.data_ptr())
+    _find_best(*pointers, *x_NV.shape, native.num_threads())
+    return best_N, ids_N
 
 
 def pool_of(shape: dict[str, int], keys: Tensor, values: Tensor, scales: Tensor | None) -> Pool:

@@ -7,7 +7,8 @@ it does not train.
 A row's result does not depend on the other rows of a pass, to the last bit, as long as the layers'
 operators promise it too.
 
-T tokens of the pass (B = 1), C hidden width, F width of the gated MLP, O outputs of q, k and v
+T tokens of the pass (B = 1), P positions, C hidden width, F width of the gated MLP, O outputs of q, k
+and v
 """
 
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ class FusedDecoder:
         self.config = model.config
         self._embedding_VC = model.model.embed_tokens.weight.detach()
         assert self._embedding_VC.dtype in (torch.float32, torch.bfloat16), "float16 is not read"
-        self._rotary: Rotary = model.rotary
+        self._angles = _Angles(model.rotary)
         self._layers = [_Layer(cast(Block, block), self.config) for block in model.model.layers]
         self._norm_C = _weight(model.model.norm)
         self._head = model.lm_head
@@ -94,11 +95,12 @@ class FusedDecoder:
         """
         batch, num_tokens = tokens_BT.shape
         assert batch == 1, f"one row of tokens is computed at a time, not {batch}"
-        assert int(tokens_BT.min()) >= 0, "token ids must not be negative"
-        assert int(tokens_BT.max()) < self.config.vocab_size, "a token id is beyond the vocabulary"
         tokens_T = tokens_BT[0].contiguous()
+        ids = tokens_T.numpy()  # torch would wake its threads for a minimum.
+        assert ids.min() >= 0, "token ids must not be negative"
+        assert ids.max() < self.config.vocab_size, "a token id is beyond the vocabulary"
         space = self._space.of(num_tokens)
-        mix = _Mix(attention, self._rotary(positions_BT, torch.float32), self.config)
+        mix = _Mix(attention, self._angles.of(positions_BT[0]), self.config)
         if self._whole_pass and adapters is None and isinstance(attention, PagedAttention):
             wanted_N = torch.arange(num_tokens) if wanted_N is None else wanted_N
             return self._whole_pass.run(tokens_T, attention, space, wanted_N)[None]
@@ -154,6 +156,26 @@ class _Space:
         self._quantized = QuantizedRows.empty(num_rows, self._widest_input)
 
 
+class _Angles:
+    """Cosines and sines of all positions met so far, computed once."""
+
+    def __init__(self, rotary: Rotary) -> None:
+        self._rotary = rotary
+        self._grow(1)
+
+    def of(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines [T, D / 2] of some positions."""
+        last = int(positions_T.numpy().max())
+        if last >= self._num_positions:
+            self._grow(1 << last.bit_length())
+        return self._cos_PD[positions_T], self._sin_PD[positions_T]
+
+    def _grow(self, num_positions: int) -> None:
+        self._num_positions = num_positions
+        tables = self._rotary(torch.arange(num_positions)[None], torch.float32)
+        self._cos_PD, self._sin_PD = (table_BP1D[0, :, 0] for table_BP1D in tables)
+
+
 class _Mix:
     """How the layers of one pass attend."""
 
@@ -161,10 +183,10 @@ class _Mix:
         self, attention: Attention, rotation: tuple[Tensor, Tensor], config: DecoderConfig
     ) -> None:
         self._attention = attention
-        self._rotation = tuple(angles_BT1D[0] for angles_BT1D in rotation)
+        self._rotation = rotation
         self._config = config
         if isinstance(attention, PagedAttention):
-            attention.rotate_by(*(x[:, 0].contiguous() for x in self._rotation))
+            attention.rotate_by(*rotation)
 
     def __call__(self, layer: "_Layer", qkv_TO: Tensor, out_TC: Tensor) -> None:
         """Write what every token attends to, given its raw q, k and v side by side."""
@@ -181,7 +203,7 @@ class _Mix:
         )
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = _norm_heads(q, layer.q_norm, config), _norm_heads(k, layer.k_norm, config)
-        q, k = rotate(q, *self._rotation), rotate(k, *self._rotation)
+        q, k = (rotate(x, *(angles_TD[:, None] for angles_TD in self._rotation)) for x in (q, k))
         o_BTHD = self._attention(layer.number, q[None], k[None], v[None])
         out_TC.copy_(o_BTHD[0].flatten(1))
 

@@ -39,14 +39,25 @@ struct Span {
     int64_t first_tile;  // tiles of query rows of all spans before it
 };
 
+// Of one token, [D / 2] each; null where queries and keys are rotated already.
+struct Angles {
+    const float *cos, *sin;
+};
+
 // One per forward pass; mirrored in native_ops.py. spans[num_spans] holds the totals.
 struct Pass {
     const int32_t* tables;
     const Span* spans;
     int64_t num_spans;
     int64_t num_key_tokens;  // tokens that all tiles read, for choosing the number of threads
-    const float* cos;        // [T, D / 2]; null where queries and keys are rotated already
-    const float* sin;
+    const float *cos, *sin;  // [T, D / 2], or null; see Angles
+
+    int64_t num_rows() const { return spans[num_spans].first_row; }
+    int64_t num_tiles() const { return spans[num_spans].first_tile; }
+    Angles angles(int64_t row, int64_t head_dim) const {
+        if (!cos) return {nullptr, nullptr};
+        return {cos + row * (head_dim / 2), sin + row * (head_dim / 2)};
+    }
 };
 
 // One per layer and call. Rows of a token lie `stride` floats apart, heads behind one another.

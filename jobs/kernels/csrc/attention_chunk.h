@@ -11,7 +11,6 @@
 namespace rs {
 
 constexpr int64_t kMaxSlots = 512;    // of a block, or of the blocks of a chunk
-constexpr int64_t kFetchVectors = 4;  // how many vectors ahead keys are fetched
 constexpr int64_t kRowBlock = 8;      // rows whose sums are held in registers
 constexpr int64_t kMaxVectors = kMaxSlots / 16;
 
@@ -26,6 +25,7 @@ struct Chunk {
     const float* value_scales[kMaxVectors];
     int64_t position[kMaxVectors];  // of the vector's first slot
     int64_t num_slots[kMaxVectors];
+    const T* block_keys[kMaxVectors];
     const T* block_values[kMaxVectors];
     int64_t first_slot[kMaxVectors], last_slot[kMaxVectors];  // seen by any row, in each block
 
@@ -36,20 +36,20 @@ struct Chunk {
     }
 };
 
+// A tile of few rows waits for memory rather than for sums. So with kFetch each step asks for what
+// the next one reads: scoring for the values of the same tokens, mixing for the next chunk's keys.
+
 // scores[r][0..16 NV) = q[r] . keys, for R rows and vectors [v, v + NV) of a chunk. Each vector has
-// its own address: with blocks of 16 the next vector lies in another block. A tile of few rows waits
-// for memory rather than for sums, so it asks for later keys and these tokens' values on the way.
+// its own address: with blocks of 16 the next vector lies in another block.
 template <class T, int R, int NV, bool kFetch>
 inline void score_block(const float* q, int64_t dim, const Chunk<T>& chunk, int64_t v0,
                         int64_t slots, float* scores, int64_t score_stride) {
     const T* keys[NV];
-    const T* later_keys[NV];
     const T* values[NV];
     __m512 sums[R][NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
         keys[v] = chunk.keys[v0 + v];
-        later_keys[v] = chunk.keys[std::min(v0 + v + kFetchVectors, chunk.num_vectors - 1)];
         values[v] = chunk.values[v0 + v];
     }
 #pragma GCC unroll 8
@@ -73,10 +73,7 @@ inline void score_block(const float* q, int64_t dim, const Chunk<T>& chunk, int6
     for (; d + kLineFeatures <= dim; d += kLineFeatures) {
         if constexpr (kFetch) {
 #pragma GCC unroll 2
-            for (int v = 0; v < NV; ++v) {
-                _mm_prefetch(later_keys[v] + d * slots, _MM_HINT_T0);
-                _mm_prefetch(values[v] + d * 16, _MM_HINT_T1);
-            }
+            for (int v = 0; v < NV; ++v) _mm_prefetch(values[v] + d * 16, _MM_HINT_T1);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < kLineFeatures; ++i) add(d + i);
@@ -95,10 +92,12 @@ inline void score_block(const float* q, int64_t dim, const Chunk<T>& chunk, int6
     }
 }
 
-// o[r][0..16 NV) += weights[r] . values, over the visible slots of each block of the chunk.
-template <class T, int R, int NV>
+// o[r][0..16 NV) += weights[r] . values, over the visible slots of each block of the chunk. A
+// block's keys take as much memory as its values.
+template <class T, int R, int NV, bool kFetch>
 inline void mix_block(const float* weights, int64_t weight_stride, const Chunk<T>& chunk,
-                      int64_t column, int64_t slots, int64_t padded_dim, float* o) {
+                      const Chunk<T>& next, int64_t column, int64_t slots, int64_t padded_dim,
+                      float* o) {
     __m512 sums[R][NV];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -107,8 +106,15 @@ inline void mix_block(const float* weights, int64_t weight_stride, const Chunk<T
     }
     for (int64_t b = 0; b < chunk.num_blocks; ++b) {
         const T* values = chunk.block_values[b] + column;
+        const T* next_keys = next.block_keys[std::min(b, next.num_blocks - 1)] + column;
         for (int64_t s = chunk.first_slot[b]; s < chunk.last_slot[b]; ++s) {
             const T* row = values + s * padded_dim;
+            if constexpr (kFetch) {
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; ++v) {
+                    _mm_prefetch(next_keys + s * padded_dim + 16 * v, _MM_HINT_T1);
+                }
+            }
             __m512 value[NV];
 #pragma GCC unroll 2
             for (int v = 0; v < NV; ++v) value[v] = load16(row + 16 * v);

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from jobs.kernels import native, native_ops
 from serving.engines.native.penalties import LogitEdit
 
 # Below this a softmax is a maximum to double precision, and dividing by it would overflow.
@@ -45,6 +46,9 @@ class SamplingRow:
 def find_best(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest logit of each row and its lowest id; NaN is larger than any number."""
     vocab_size = logits_NV.shape[-1]
+    is_plain = logits_NV.device.type == "cpu" and logits_NV.dtype == torch.float32
+    if is_plain and logits_NV.is_contiguous() and native.is_available():
+        return native_ops.find_best(logits_NV)
     if vocab_size % _BLOCK:
         best_N, ids_N = logits_NV.max(dim=-1)
         return best_N, ids_N
