@@ -7,8 +7,8 @@ it does not train.
 A row's result does not depend on the other rows of a pass, to the last bit, as long as the layers'
 operators promise it too.
 
-T tokens of the pass (B = 1), P positions, C hidden width, F width of the gated MLP, O outputs of q, k
-and v
+T tokens of the pass (B = 1), P positions, C hidden width, F width of the gated MLP, O outputs of q,
+k and v
 """
 
 from collections.abc import Sequence

@@ -80,6 +80,22 @@ def test_embed_when_compared_to_indexing_is_equal(dtype: torch.dtype, width: int
     assert torch.equal(out_TC, embedding_VC[tokens_T].float())
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("vocab_size", [1, 15, 64, 1000, 4096])
+def test_find_best_when_values_tie_or_are_not_finite_equals_torch(
+    vocab_size: int, num_threads: int
+) -> None:
+    torch.set_num_threads(num_threads)
+    x_NV = draw(9, vocab_size).round()  # Many equal ones.
+    x_NV[1], x_NV[2, -1], x_NV[3, vocab_size // 2 :] = -torch.inf, torch.inf, torch.nan
+    x_NV[4, vocab_size // 3], x_NV[5] = torch.nan, torch.nan
+    best_N, ids_N = native_ops.find_best(x_NV)
+    expected_N = x_NV.numpy().argmax(axis=1)  # The lowest of equals, or of those that are NaN.
+    assert ids_N.tolist() == expected_N.tolist()
+    assert torch.equal(best_N.nan_to_num(), x_NV[range(9), expected_N].nan_to_num())
+    assert best_N.isnan().tolist() == [n in (3, 4, 5) for n in range(9)]
+
+
 def config_of(
     num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
 ) -> DecoderConfig:

@@ -57,28 +57,21 @@ inline void score_block(const float* q, int64_t dim, const Chunk<T>& chunk, int6
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) sums[r][v] = _mm512_setzero_ps();
     }
-    const auto add = [&](int64_t d) {
+    constexpr int kLineFeatures = 64 / (16 * sizeof(T));  // with blocks of 16
+    for (int64_t d = 0; d < dim; ++d) {
         __m512 key[NV];
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) key[v] = load16(keys[v] + d * slots);
+        for (int v = 0; v < NV; ++v) {
+            if (kFetch && d % kLineFeatures == 0) _mm_prefetch(values[v] + d * 16, _MM_HINT_T1);
+            key[v] = load16(keys[v] + d * slots);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const __m512 query = _mm512_set1_ps(q[r * dim + d]);
 #pragma GCC unroll 2
             for (int v = 0; v < NV; ++v) sums[r][v] = _mm512_fmadd_ps(query, key[v], sums[r][v]);
         }
-    };
-    constexpr int kLineFeatures = 64 / (16 * sizeof(T));  // with blocks of 16
-    int64_t d = 0;
-    for (; d + kLineFeatures <= dim; d += kLineFeatures) {
-        if constexpr (kFetch) {
-#pragma GCC unroll 2
-            for (int v = 0; v < NV; ++v) _mm_prefetch(values[v] + d * 16, _MM_HINT_T1);
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < kLineFeatures; ++i) add(d + i);
     }
-    for (; d < dim; ++d) add(d);
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
         __m512 scale = _mm512_undefined_ps();
