@@ -6,6 +6,7 @@ Takes requests; gives the times of their tokens. It does not know what is compar
 import json
 import os
 import select
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,11 @@ class Contender(Protocol):
 
 
 class Process:
-    """A module of benchmarks.peers, run by the Python of its environment."""
+    """A module of benchmarks.peers, run by the Python of its environment.
+
+    It stands still while it answers nothing: some engines wake up often enough, idle, to slow others
+    down by a twentieth.
+    """
 
     def __init__(self, python: Path, module: str, arguments: Sequence[str], log: Path) -> None:
         """Start it and wait until its model is loaded; its output goes to `log`."""
@@ -55,6 +60,7 @@ class Process:
                 },
             )
         self.facts: Mapping[str, Any] = self._read(_START_TIMEOUT_S)
+        self._process.send_signal(signal.SIGSTOP)
         self.last_tokens: list[list[int]] = []
 
     def __enter__(self) -> "Process":
@@ -72,15 +78,18 @@ class Process:
         """Return the times of the tokens of every request."""
         arrivals = [[r.at_s, list(r.prompt), r.max_tokens] for r in requests]
         assert self._process.stdin is not None, "the pipe was asked for"
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps({"arrivals": arrivals}) + "\n")
         self._process.stdin.flush()
         answer = self._read(_RUN_TIMEOUT_S)
+        self._process.send_signal(signal.SIGSTOP)
         self.last_tokens = answer["tokens"]
         return Answers(tuple(requests), tuple(tuple(times) for times in answer["times_s"]))
 
     def close(self) -> None:
         """End its input, which ends it."""
         assert self._process.stdin is not None, "the pipe was asked for"
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.close()
         try:
             self._process.wait(30)

@@ -115,23 +115,36 @@ def _figures(runs: Sequence[Answers]) -> dict[str, Any]:
     }
 
 
-def ratios(engines: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return this project's rate over the best peer's, for each claimed figure that was taken."""
-    bits = {peer.name: peer.bits for peer in PEERS}
+@dataclass(frozen=True)
+class Claim:
+    """A ratio that is reported: of which engine of ours, in which case, over the best of whom."""
 
-    def ratio(ours: str, case: str, peers: Sequence[str]) -> float:
-        best = max(engines[name][case]["tokens_per_s"] for name in peers)
-        return float(engines[ours][case]["tokens_per_s"] / best)
+    key: str
+    ours: str
+    case: Case
+    peers: tuple[str, ...]
 
-    peers = [name for name in engines if name in bits]
-    claims = {
-        "batch32_vs_best_peer": (32, "w8a8", peers),
-        "batch16_vs_best_peer": (16, "w8a8", peers),
-        "batch1_int8_vs_best_peer": (1, "w8a8", [name for name in peers if bits[name] == 8]),
-        "batch1_int4_vs_best_peer": (1, "w4a8", [name for name in peers if bits[name] == 4]),
-    }
-    return {
-        claim: ratio(f"{OURS}-{scheme}", case, among)
-        for claim, (count, scheme, among) in claims.items()
-        if (case := Case(count, 128, 64).name) in engines[f"{OURS}-{scheme}"]
-    }
+    def best_peer(self, engines: Mapping[str, Mapping[str, Any]]) -> str:
+        """Return the fastest of the peers that were measured."""
+        measured = (name for name in self.peers if name in engines)
+        return max(measured, key=lambda name: self._rate(engines, name))
+
+    def ratio(self, engines: Mapping[str, Mapping[str, Any]], peer: str) -> float:
+        """Return our rate over a peer's."""
+        return self._rate(engines, self.ours) / self._rate(engines, peer)
+
+    def _rate(self, engines: Mapping[str, Mapping[str, Any]], name: str) -> float:
+        return float(engines[name][self.case.name]["tokens_per_s"])
+
+
+def claims(cases: Sequence[Case]) -> list[Claim]:
+    """Return the claims about these cases."""
+    names = {bits: tuple(p.name for p in PEERS if p.bits == bits) for bits in (4, 8)}
+    every = tuple(peer.name for peer in PEERS)
+    every_claim = (
+        Claim("batch32_vs_best_peer", f"{OURS}-w8a8", Case(32, 128, 64), every),
+        Claim("batch16_vs_best_peer", f"{OURS}-w8a8", Case(16, 128, 64), every),
+        Claim("batch1_int8_vs_best_peer", f"{OURS}-w8a8", Case(1, 128, 64), names[8]),
+        Claim("batch1_int4_vs_best_peer", f"{OURS}-w4a8", Case(1, 128, 64), names[4]),
+    )
+    return [claim for claim in every_claim if claim.case in cases]

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +81,36 @@ class Bench:
 
 
 def _peers(bench: Bench) -> Section:
-    models = Models(REFERENCE)
-    service = bench.service()
-    contenders: dict[str, Contender] = {
-        f"{peers.OURS}-{scheme}": bench.served(service, models.compressed(scheme), scheme)
-        for scheme in peers.SCHEMES
-    }
-    for peer in peers.PEERS:
-        contenders[peer.name] = peers.start_peer(bench.stack, peer, models)
-    engines = peers.compare(contenders, bench.cases, REFERENCE.vocab_size, bench.rounds, bench.say)
-    ratios = peers.ratios(engines)
-    for name, ratio in ratios.items():
-        bench.say(f"{name} {ratio:.2f}")
-    return {"engines": engines, **ratios, "floors": floors.measure(REFERENCE)}
+    models, vocab_size = Models(REFERENCE), REFERENCE.vocab_size
+    claims = peers.claims(bench.cases)
+    others: dict[str, Contender] = {}
+    with ExitStack() as cluster:
+        service = replace(bench, stack=cluster).service()
+        ours: dict[str, Contender] = {
+            f"{peers.OURS}-{scheme}": bench.served(service, models.compressed(scheme), scheme)
+            for scheme in peers.SCHEMES
+        }
+        for peer in peers.PEERS:
+            others[peer.name] = peers.start_peer(bench.stack, peer, models)
+        engines = peers.compare(
+            {**ours, **others}, bench.cases, vocab_size, bench.rounds, bench.say
+        )
+    # A peer answers beside an idle cluster above. Again without it, the best ones alone.
+    best = {claim: claim.best_peer(engines) for claim in claims}
+    bench.say("the best peers, the cluster stopped:")
+    alone = peers.compare(
+        {name: others[name] for name in dict.fromkeys(best.values())},
+        [case for case in bench.cases if any(claim.case == case for claim in claims)],
+        vocab_size,
+        bench.rounds,
+        bench.say,
+    )
+    found: Section = {"engines": engines, "best_peers_alone": alone}
+    for claim, name in best.items():
+        found[claim.key] = claim.ratio(engines, name)
+        found[f"{claim.key}_alone"] = claim.ratio({**engines, **alone}, name)
+        bench.say(f"{claim.key} {found[claim.key]:.2f}, alone {found[f'{claim.key}_alone']:.2f}")
+    return {**found, "floors": floors.measure(REFERENCE)}
 
 
 def _gateway_overhead(bench: Bench) -> Section:
