@@ -36,8 +36,8 @@ class Contender(Protocol):
 class Process:
     """A module of benchmarks.peers, run by the Python of its environment.
 
-    It stands still while it answers nothing: some engines wake up often enough, idle, to slow others
-    down by a twentieth.
+    It stands still while it answers nothing: some engines wake up often enough, idle, to slow
+    others down by a twentieth.
     """
 
     def __init__(self, python: Path, module: str, arguments: Sequence[str], log: Path) -> None:

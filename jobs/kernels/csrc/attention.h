@@ -54,6 +54,18 @@ struct Pass {
 
     int64_t num_rows() const { return spans[num_spans].first_row; }
     int64_t num_tiles() const { return spans[num_spans].first_tile; }
+
+    // The last span for which of(span) <= number; `of` rises.
+    template <class Of>
+    const Span* find_span(int64_t number, const Of& of) const {
+        int64_t low = 0, high = num_spans;
+        while (high - low > 1) {
+            const int64_t middle = (low + high) / 2;
+            (of(spans[middle]) <= number ? low : high) = middle;
+        }
+        return spans + low;
+    }
+
     Angles angles(int64_t row, int64_t head_dim) const {
         if (!cos) return {nullptr, nullptr};
         return {cos + row * (head_dim / 2), sin + row * (head_dim / 2)};

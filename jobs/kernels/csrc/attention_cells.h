@@ -30,15 +30,4 @@ class Cells {
     const int64_t layer_;
 };
 
-// The last of a pass's spans for which of(span) <= number.
-template <class Of>
-const Span* find_span(const Pass& pass, int64_t number, const Of& of) {
-    int64_t low = 0, high = pass.num_spans;
-    while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        (of(pass.spans[middle]) <= number ? low : high) = middle;
-    }
-    return pass.spans + low;
-}
-
 }  // namespace rs

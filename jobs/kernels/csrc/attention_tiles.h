@@ -83,7 +83,7 @@ class Attender {
     Tile tile_of(int64_t task) const {
         const int64_t number = task / pool_.num_kv_heads;
         Tile tile;
-        tile.span = find_span(pass_, number, [](const Span& s) { return s.first_tile; });
+        tile.span = pass_.find_span(number, [](const Span& s) { return s.first_tile; });
         tile.kv_head = task % pool_.num_kv_heads;
         tile.first_row = (number - tile.span->first_tile) * kTileRows;
         tile.num_rows = std::min(kTileRows, tile.span->length * pool_.group() - tile.first_row);

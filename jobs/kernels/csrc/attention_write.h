@@ -21,7 +21,7 @@ class Writer {
     void run(int64_t task) const {
         const int64_t last = std::min((task + 1) * task_rows_, rows_);
         int64_t row = task * task_rows_;
-        const Span* span = find_span(pass_, row, [](const Span& s) { return s.first_row; });
+        const Span* span = pass_.find_span(row, [](const Span& s) { return s.first_row; });
         while (row < last) {
             while (row >= span[1].first_row) ++span;
             const int64_t position = span->start + row - span->first_row;
