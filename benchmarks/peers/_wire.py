@@ -4,13 +4,17 @@ Takes arrivals on standard input; gives the time of every token on standard outp
 own output goes to standard error. It does not know any engine.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass
@@ -49,6 +53,7 @@ Run = Callable[[list[Arrival], Clock], None]
 
 def serve(load: Callable[[], tuple[Run, dict[str, Any]]]) -> int:
     """Load an engine, say so, then answer one line after another until standard input ends."""
+    _end_with_parent()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Engines print; the answers' pipe is clean.
     run, facts = load()
@@ -66,3 +71,9 @@ def serve(load: Callable[[], tuple[Run, dict[str, Any]]]) -> int:
 def _say(answers: Any, document: dict[str, Any]) -> None:
     answers.write(json.dumps(document) + "\n")
     answers.flush()
+
+
+def _end_with_parent() -> None:
+    """Have the system kill this process when its parent ends: one that is stopped reads no end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -17,6 +17,8 @@ from benchmarks.serving.workload import Answers, Request, together
 
 OURS = "raysmith"
 SCHEMES = ("w8a8", "w4a8")
+_NEAR = 0.8  # of the fastest peer's rate: runs differ by that much
+Engines = Mapping[str, Mapping[str, Any]]  # figures by contender and name of case
 
 
 @dataclass(frozen=True)
@@ -124,16 +126,19 @@ class Claim:
     case: Case
     peers: tuple[str, ...]
 
-    def best_peer(self, engines: Mapping[str, Mapping[str, Any]]) -> str:
-        """Return the fastest of the peers that were measured."""
-        measured = (name for name in self.peers if name in engines)
-        return max(measured, key=lambda name: self._rate(engines, name))
+    def near_best(self, engines: Engines) -> list[str]:
+        """Return the peers that another run could find to be the fastest."""
+        best = self._best_rate(engines)
+        return [name for name in self.peers if self._rate(engines, name) >= _NEAR * best]
 
-    def ratio(self, engines: Mapping[str, Mapping[str, Any]], peer: str) -> float:
-        """Return our rate over a peer's."""
-        return self._rate(engines, self.ours) / self._rate(engines, peer)
+    def ratio(self, engines: Engines, peers: Engines) -> float:
+        """Return our rate over that of the fastest of those peers that were measured."""
+        return self._rate(engines, self.ours) / self._best_rate(peers)
 
-    def _rate(self, engines: Mapping[str, Mapping[str, Any]], name: str) -> float:
+    def _best_rate(self, peers: Engines) -> float:
+        return max(self._rate(peers, name) for name in self.peers if name in peers)
+
+    def _rate(self, engines: Engines, name: str) -> float:
         return float(engines[name][self.case.name]["tokens_per_s"])
 
 

@@ -95,20 +95,20 @@ def _peers(bench: Bench) -> Section:
         engines = peers.compare(
             {**ours, **others}, bench.cases, vocab_size, bench.rounds, bench.say
         )
-    # A peer answers beside an idle cluster above. Again without it, the best ones alone.
-    best = {claim: claim.best_peer(engines) for claim in claims}
+    # Peers answered beside an idle cluster so far. The best ones again, without it.
+    near_best = [name for claim in claims for name in claim.near_best(engines)]
     bench.say("the best peers, the cluster stopped:")
     alone = peers.compare(
-        {name: others[name] for name in dict.fromkeys(best.values())},
+        {name: others[name] for name in dict.fromkeys(near_best)},
         [case for case in bench.cases if any(claim.case == case for claim in claims)],
         vocab_size,
         bench.rounds,
         bench.say,
     )
     found: Section = {"engines": engines, "best_peers_alone": alone}
-    for claim, name in best.items():
-        found[claim.key] = claim.ratio(engines, name)
-        found[f"{claim.key}_alone"] = claim.ratio({**engines, **alone}, name)
+    for claim in claims:
+        found[claim.key] = claim.ratio(engines, engines)
+        found[f"{claim.key}_alone"] = claim.ratio(engines, alone)
         bench.say(f"{claim.key} {found[claim.key]:.2f}, alone {found[f'{claim.key}_alone']:.2f}")
     return {**found, "floors": floors.measure(REFERENCE)}
 

@@ -35,6 +35,7 @@ from jobs.models._rotary import Rotary, rotate
 from jobs.models.decoder import Block, Decoder, RMSNorm, RowAdapters
 
 _MIN_ROWS = 64
+_POSITIONS = 4096  # by which tables of angles grow
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 _LINEARS = (*_ATTENTION, "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -157,23 +158,27 @@ class _Space:
 
 
 class _Angles:
-    """Cosines and sines of all positions met so far, computed once."""
+    """Cosines and sines of positions, kept from the first use; the tables grow by blocks."""
 
     def __init__(self, rotary: Rotary) -> None:
         self._rotary = rotary
-        self._grow(1)
+        self._tables_PD = self._compute(0, _POSITIONS)
 
     def of(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines [T, D / 2] of some positions."""
-        last = int(positions_T.numpy().max())
-        if last >= self._num_positions:
-            self._grow(1 << last.bit_length())
-        return self._cos_PD[positions_T], self._sin_PD[positions_T]
+        places = positions_T.numpy()
+        assert places.min() >= 0, "positions must not be negative"
+        known, wanted = len(self._tables_PD[0]), int(places.max()) + 1
+        if wanted > known:
+            more_PD = self._compute(known, -(-wanted // _POSITIONS) * _POSITIONS)
+            cos_PD, sin_PD = map(torch.cat, zip(self._tables_PD, more_PD, strict=True))
+            self._tables_PD = (cos_PD, sin_PD)
+        cos_PD, sin_PD = self._tables_PD
+        return cos_PD[positions_T], sin_PD[positions_T]
 
-    def _grow(self, num_positions: int) -> None:
-        self._num_positions = num_positions
-        tables = self._rotary(torch.arange(num_positions)[None], torch.float32)
-        self._cos_PD, self._sin_PD = (table_BP1D[0, :, 0] for table_BP1D in tables)
+    def _compute(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        cos_BP1D, sin_BP1D = self._rotary(torch.arange(start, stop)[None], torch.float32)
+        return cos_BP1D[0, :, 0], sin_BP1D[0, :, 0]
 
 
 class _Mix:

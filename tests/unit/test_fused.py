@@ -14,7 +14,8 @@ from jobs.config import DecoderConfig, Recipe, RopeScaling, Step
 from jobs.kernels import native
 from jobs.kernels.block_cache import BlockCache, BlockSpan
 from jobs.models import decoder
-from jobs.models._fused import FusedDecoder
+from jobs.models._fused import FusedDecoder, _Angles
+from jobs.models._rotary import Rotary
 
 NUM_BLOCKS = 40
 BLOCK_SIZE = 16
@@ -211,3 +212,16 @@ def test_fused_decoder_when_a_token_is_not_in_the_vocabulary_stops_at_once(
     session.tokens_ST[0, 3] = token
     with pytest.raises(AssertionError, match="token id"):
         session.run((0, 0, 5))
+
+
+def test_angles_when_later_positions_come_are_those_of_the_formula_and_stay_the_same_bits() -> None:
+    rotary = Rotary(config_of("llama"))
+    angles = _Angles(rotary)
+    early_T, late_T = torch.tensor([0, 5, 17]), torch.tensor([9000, 4095, 4096, 5])
+    before = angles.of(early_T)
+    for positions_T in (late_T, early_T):
+        expected = rotary(positions_T[None], torch.float32)
+        for found_TD, expected_BT1D in zip(angles.of(positions_T), expected, strict=True):
+            assert torch.equal(found_TD, expected_BT1D[0, :, 0])
+    for old_TD, new_TD in zip(before, angles.of(early_T), strict=True):
+        assert torch.equal(old_TD, new_TD)

@@ -169,11 +169,12 @@ def test_paged_attention_when_compared_to_causal_attention_is_equal(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("window", [None, 270])
+@pytest.mark.parametrize("block_size", [16, 24])
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_paged_attention_when_spans_blocks_and_threads_differ_gives_the_same_bits(
-    shape: tuple[int, int, int], window: int | None, dtype: torch.dtype
+    shape: tuple[int, int, int], block_size: int, window: int | None, dtype: torch.dtype
 ) -> None:
-    pages = Pages(config_of(*shape, window), 16, dtype)
+    pages = Pages(config_of(*shape, window), block_size, dtype)
     whole = pages.run((0, 0, LENGTH))[0]
     stops = [1, 2, 15, 17, 256, 257, 258, 400, 511, 512, 599, LENGTH]
     found: list[Tensor] = []

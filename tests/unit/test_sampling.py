@@ -33,9 +33,11 @@ def test_sample_when_logits_are_equal_takes_the_lowest_id():
     assert sample(torch.zeros(1, 5), [SamplingRow()]) == [0]
 
 
+# The kernel takes float32, PyTorch's operators the rest.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [512, 500])
-def test_sample_when_the_best_tie_far_apart_takes_the_lowest_id(vocab_size):
-    logits = torch.zeros(1, vocab_size)
+def test_sample_when_the_best_tie_far_apart_takes_the_lowest_id(vocab_size, dtype):
+    logits = torch.zeros(1, vocab_size, dtype=dtype)
     logits[0, [70, 90, 300, 499]] = 1.0
     assert sample(logits, [SamplingRow()]) == [70]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.serving import cancel, rollout
+from benchmarks.serving import cancel, peers, rollout
 from benchmarks.serving.http_client import Api, Reply, ask
 from benchmarks.serving.workload import Answers, Limit, Request, poisson
 
@@ -108,3 +108,22 @@ def test_poisson_when_drawn_has_the_rate_and_at_every_rate_the_same_lengths(
 
 def lengths(request: Request) -> tuple[int, int]:
     return len(request.prompt), request.max_tokens
+
+
+def test_claims_when_a_peer_is_faster_alone_divide_by_the_fastest_of_each_kind() -> None:
+    case = peers.Case(32, 128, 64)
+    (claim,) = peers.claims([case, peers.Case(1, 2, 3)])
+    assert claim.key == "batch32_vs_best_peer"
+
+    def rates(**by_name: float) -> dict[str, dict[str, dict[str, float]]]:
+        return {name: {case.name: {"tokens_per_s": rate}} for name, rate in by_name.items()}
+
+    slow = rates(**{peer.name: 10.0 for peer in peers.PEERS})
+    engines = {
+        **slow,
+        **rates(**{"raysmith-w8a8": 300.0, "vllm-w8a8": 200.0, "openvino-int8": 170.0}),
+    }
+    assert sorted(claim.near_best(engines)) == ["openvino-int8", "vllm-w8a8"]
+    assert claim.ratio(engines, engines) == 1.5
+    alone = rates(**{"vllm-w8a8": 210.0, "openvino-int8": 240.0})
+    assert claim.ratio(engines, alone) == 1.25

@@ -16,26 +16,23 @@ void attend_layer(const Pool& pool, const Pass& pass, const Inputs& in, int64_t 
                   int threads) {
     const Writer<T> writer(pool, pass, in, layer, threads);
     const Attender<T> attender(pool, pass, in, layer, out);
-    const int64_t num_writes = writer.num_tasks(), num_tiles = attender.num_tasks();
+    const int64_t num_writes = writer.num_tasks();
     if (pass.num_key_tokens * pool.num_kv_heads < kParallelKeys) threads = 1;
-    std::atomic<int64_t> next_write{0}, next_tile{0};
+    std::atomic<int64_t> next_write{0};
+    TileQueue tiles(attender.num_tasks(), threads);
     const auto write = [&] {
         for (int64_t task; (task = next_write.fetch_add(1)) < num_writes;) writer.run(task);
     };
-    // From the last: a span's late tiles have the most keys, and long tasks go first.
-    const auto attend = [&] {
-        attender.run([&] { return num_tiles - 1 - next_tile.fetch_add(1); });
-    };
     if (threads <= 1) {
         write();
-        attend();
+        attender.run(tiles);
         return;
     }
 #pragma omp parallel num_threads(threads)
     {
         write();
 #pragma omp barrier
-        attend();
+        attender.run(tiles);
     }
 }
 

@@ -37,7 +37,8 @@ struct Chunk {
 };
 
 // A tile of few rows waits for memory rather than for sums. So with kFetch each step asks for what
-// the next one reads: scoring for the values of the same tokens, mixing for the next chunk's keys.
+// the next one reads: scoring for the values of the same tokens, mixing for the next chunk's keys, as
+// many as it reads values itself.
 
 // scores[r][0..16 NV) = q[r] . keys, for R rows and vectors [v, v + NV) of a chunk. Each vector has
 // its own address: with blocks of 16 the next vector lies in another block.
@@ -57,12 +58,12 @@ inline void score_block(const float* q, int64_t dim, const Chunk<T>& chunk, int6
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) sums[r][v] = _mm512_setzero_ps();
     }
-    constexpr int kLineFeatures = 64 / (16 * sizeof(T));  // with blocks of 16
+    constexpr int kStepsPerLine = 64 / (16 * sizeof(T));  // of values, 16 a step
     for (int64_t d = 0; d < dim; ++d) {
         __m512 key[NV];
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) {
-            if (kFetch && d % kLineFeatures == 0) _mm_prefetch(values[v] + d * 16, _MM_HINT_T1);
+            if (kFetch && d % kStepsPerLine == 0) _mm_prefetch(values[v] + d * 16, _MM_HINT_T1);
             key[v] = load16(keys[v] + d * slots);
         }
 #pragma GCC unroll 8
@@ -105,6 +106,7 @@ inline void mix_block(const float* weights, int64_t weight_stride, const Chunk<T
             if constexpr (kFetch) {
 #pragma GCC unroll 2
                 for (int v = 0; v < NV; ++v) {
+                    if (16 * v * sizeof(T) % 64) continue;  // In the line of the vector before.
                     _mm_prefetch(next_keys + s * padded_dim + 16 * v, _MM_HINT_T1);
                 }
             }

@@ -21,6 +21,21 @@ constexpr int64_t kTileRows = 64;  // native_ops.py counts tiles with the same n
 constexpr int64_t kChunkKeys = 256;
 constexpr float kLowest = -1e30f;  // finite, so that differences of it are no NaN
 
+// Tiles that are still to be computed; shared by threads.
+class TileQueue {
+  public:
+    TileQueue(int64_t num_tiles, int threads) : left_(num_tiles), short_(2 * threads) {}
+
+    // The last tile, or a number below 0: a span's late tiles have the most keys, and long tasks go
+    // first.
+    int64_t take() { return left_.fetch_sub(1, std::memory_order_relaxed) - 1; }
+    bool is_long() const { return left_.load(std::memory_order_relaxed) > short_; }
+
+  private:
+    std::atomic<int64_t> left_;
+    const int64_t short_;
+};
+
 template <class T>
 class Attender {
   public:
@@ -34,11 +49,10 @@ class Attender {
 
     int64_t num_tasks() const { return pass_.num_tiles() * pool_.num_kv_heads; }
 
-    // Compute the tiles that take() gives, until it gives one below 0. A tile is taken while the one
-    // before it is computed, so that its keys are on their way.
-    template <class Take>
-    void run(const Take& take) const {
-        int64_t task = take();
+    // Compute the tiles that a queue gives. While it is long a tile is taken when the one before it
+    // begins, so that its keys are on their way; the last ones go to whoever is free.
+    void run(TileQueue& queue) const {
+        int64_t task = queue.take();
         if (task < 0) return;
         Scratch scratch;
         Chunk<T> chunks[2];
@@ -46,8 +60,9 @@ class Attender {
         Tile tile = tile_of(task);
         gather(tile, first_chunk(tile), *chunk);
         while (task >= 0) {
-            task = take();
-            const Tile next = task < 0 ? tile : tile_of(task);
+            const bool is_ahead = queue.is_long();
+            task = is_ahead ? queue.take() : -1;
+            Tile next = task < 0 ? tile : tile_of(task);
             begin(tile, scratch);
             const int64_t last = tile.last / chunk_keys_;
             for (int64_t number = first_chunk(tile); number <= last; ++number) {
@@ -60,6 +75,10 @@ class Attender {
                 std::swap(chunk, next_chunk);
             }
             finish(tile, scratch);
+            if (!is_ahead && (task = queue.take()) >= 0) {
+                next = tile_of(task);
+                gather(next, first_chunk(next), *chunk);
+            }
             tile = next;
         }
     }
@@ -157,14 +176,15 @@ class Attender {
     // Add a chunk of keys to all rows of the tile; `next` is the one that comes after it.
     void attend(const Tile& tile, const Chunk<T>& chunk, const Chunk<T>& next,
                 Scratch& scratch) const {
+        const auto steps = [&](auto fetches) {
+            score<fetches>(tile, chunk, scratch);
+            weigh(tile, chunk, scratch);
+            mix<fetches>(tile, chunk, next, scratch);
+        };
         if (tile.num_rows <= kRowBlock) {
-            score<true>(tile, chunk, scratch);
-            weigh(tile, chunk, scratch);
-            mix<true>(tile, chunk, next, scratch);
+            steps(std::true_type{});
         } else {
-            score<false>(tile, chunk, scratch);
-            weigh(tile, chunk, scratch);
-            mix<false>(tile, chunk, next, scratch);
+            steps(std::false_type{});
         }
     }
 

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kStep = 4 * kLanes;
+constexpr int64_t kParallelValues = 1 << 16;  // fewer are read sooner than a thread is woken
 
 struct Best {
     float value;
@@ -56,6 +57,7 @@ Best find_best(const float* x, int64_t count) {
 // best[n] = largest of x [rows, count], whose rows lie behind one another; ids[n] is its place.
 RS_EXPORT void rs_find_best(const float* x, float* best, int64_t* ids, int64_t rows, int64_t count,
                             int32_t threads) {
+    if (rows * count < rs::kParallelValues) threads = 1;
     rs::parallel_tasks(rows, threads, [&](int64_t row) {
         const rs::Best found = rs::find_best(x + row * count, count);
         best[row] = found.value;

@@ -75,7 +75,7 @@ class PassRunner {
     PassRunner(const Decoder& decoder, const Pool& pool, const Pass& pass, const Space& space,
                int threads)
         : decoder_(decoder), pool_(pool), pass_(pass), space_(space), threads_(threads),
-          rows_(pass.spans[pass.num_spans].first_row) {}
+          rows_(pass.num_rows()) {}
 
     void run(const int64_t* tokens, const int64_t* wanted, int64_t num_wanted, float* out) {
         const int64_t width = decoder_.hidden_size;
