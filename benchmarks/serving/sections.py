@@ -100,7 +100,7 @@ def _peers(bench: Bench) -> Section:
     bench.say("the best peers, the cluster stopped:")
     alone = peers.compare(
         {name: others[name] for name in dict.fromkeys(near_best)},
-        [case for case in bench.cases if any(claim.case == case for claim in claims)],
+        list(dict.fromkeys(claim.case for claim in claims)),
         vocab_size,
         bench.rounds,
         bench.say,
