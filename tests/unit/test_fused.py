@@ -192,6 +192,26 @@ def test_fused_decoder_when_batches_chunks_and_threads_differ_gives_the_same_bit
         assert torch.equal(torch.cat(found[n]), expected[n])
 
 
+@pytest.mark.parametrize("threads_in_use", [1, 2, 3])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fused_decoder_when_a_pass_is_long_gives_the_bits_of_short_ones(
+    tmp_path: Path, recipe: str, threads_in_use: int
+) -> None:
+    # Threads share the rows of long passes, and the outputs of short ones.
+    write(tmp_path, config_of("qwen3"), RECIPES[recipe])
+    model = FusedDecoder(load(tmp_path))
+    short, long = Session(model), Session(model)
+    expected = [short.run((n, 0, 60))[0] for n in range(4)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads_in_use)
+    try:
+        found = long.run(*((n, 0, 60) for n in range(4)))
+    finally:
+        torch.set_num_threads(threads)
+    for n in range(4):
+        assert torch.equal(found[n], expected[n])
+
+
 def test_fused_decoder_when_attention_is_not_paged_is_equal(tmp_path: Path) -> None:
     write(tmp_path, config_of("qwen3"), RECIPES["int8"])
     model = FusedDecoder(load(tmp_path))

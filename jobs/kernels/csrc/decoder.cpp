@@ -6,69 +6,36 @@
 // when it returns.
 #include <cstring>
 
-#include "attention.h"
-#include "elementwise.h"
-#include "products.h"
-#include "quantize.h"
+#include "amx.h"
+#include "decoder_rows.h"
 
 namespace rs {
-
-enum class Scheme : int64_t { kBf16 = 0, kW8A8 = 1, kW4A16 = 2, kW4A8 = 3 };
-
-// The structures below are mirrored in jobs/kernels/decoder_pass.py.
-struct Linear {
-    Scheme scheme;
-    const uint8_t* packed;
-    const float* scales;  // w8a8 only
-    const float* bias;    // null: none
-    int64_t inputs, outputs, group;
-
-    bool takes_int8() const { return scheme == Scheme::kW8A8 || scheme == Scheme::kW4A8; }
-};
-
-// Linear layers that read the same rows; their outputs lie side by side.
-struct Joined {
-    int64_t count;
-    Linear parts[3];
-
-    bool takes_int8() const {
-        return std::any_of(parts, parts + count, [](const Linear& l) { return l.takes_int8(); });
-    }
-    bool takes_floats() const {
-        return !std::all_of(parts, parts + count, [](const Linear& l) { return l.takes_int8(); });
-    }
-};
-
-struct LayerWeights {
-    const float *input_norm, *post_norm;
-    const float *q_norm, *k_norm;  // null: none
-    Joined qkv, o, gate_up, down;
-};
-
-struct Decoder {
-    const LayerWeights* layers;
-    int64_t num_layers;
-    const void* embedding;
-    int64_t is_embedding_half;
-    const float* norm;
-    int64_t hidden_size, intermediate_size;
-    double eps;
-};
-
-// Memory of a pass. Rows of qkv and gate_up lie as many floats apart as they are wide.
-struct Space {
-    float *h, *x, *qkv, *o, *gate_up;
-    int8_t* values;
-    float* row_scales;
-    int32_t* sums;
-};
-
 namespace {
 
-// Rows that pass through a gated MLP together: what they take between its products, 2 x 4 bytes x F
-// a row, then stays in the cache that the cores share.
-constexpr int64_t kMlpRows = 144;
-constexpr int64_t kGateMultiple = 32;  // of gates, for products that gate (products.h)
+constexpr int64_t kChunkRows = 24;  // that one thread computes together, where rows are shared
+constexpr int64_t kFullTile = 12;   // of most products
+
+// body(rows, thread) for all rows, by each thread for other rows, so that none waits for another
+// before the end. Chunks get smaller towards the end, which all then reach at about the same time.
+template <class Body>
+void parallel_chunks(int64_t num_rows, int threads, const Body& body) {
+    std::atomic<int64_t> next{0};
+    const auto take = [&]() -> Rows {
+        int64_t first = next.load(std::memory_order_relaxed);
+        for (;;) {
+            const int64_t left = num_rows - first;
+            if (left <= 0) return {num_rows, 0};
+            const int64_t share = round_up(ceil_div(left, 2 * threads), kFullTile);
+            const int64_t count = std::min({left, share, kChunkRows});
+            if (next.compare_exchange_weak(first, first + count)) return {first, count};
+        }
+    };
+#pragma omp parallel num_threads(threads)
+    {
+        const int thread = omp_get_thread_num();
+        for (Rows rows; (rows = take()).count > 0;) body(rows, thread);
+    }
+}
 
 class PassRunner {
   public:
@@ -81,128 +48,73 @@ class PassRunner {
         const int64_t width = decoder_.hidden_size;
         rs_embed(decoder_.embedding, static_cast<int32_t>(decoder_.is_embedding_half), tokens,
                  space_.h, rows_, width, threads_);
+        for_rows([&](const RowRunner& runner, Rows rows) {
+            runner.prepare(decoder_.layers[0], rows);
+        });
         for (int64_t layer = 0; layer < decoder_.num_layers; ++layer) {
-            const LayerWeights& weights = decoder_.layers[layer];
-            attend(weights, layer);
+            const bool is_last = layer + 1 == decoder_.num_layers;
+            attend(decoder_.layers[layer], layer);
             // Nothing attends to what comes out of the last layer.
-            if (layer + 1 == decoder_.num_layers) keep(wanted, num_wanted);
-            project(weights);
-            transform(weights);
+            if (is_last) keep(wanted, num_wanted);
+            for_rows([&](const RowRunner& runner, Rows rows) {
+                runner.project(decoder_.layers[layer], rows);
+                runner.transform(decoder_.layers[layer], rows);
+                if (!is_last) runner.prepare(decoder_.layers[layer + 1], rows);
+            });
         }
-        rs_rms_norm(space_.h, decoder_.norm, out, rows_, width, width, eps(), threads_);
+        rs_rms_norm(space_.h, decoder_.norm, out, rows_, width, width,
+                    static_cast<float>(decoder_.eps), threads_);
     }
 
   private:
-    struct Rows {
-        int64_t first, count;
-    };
-
-    float* residual(Rows rows) const { return space_.h + rows.first * decoder_.hidden_size; }
-    float eps() const { return static_cast<float>(decoder_.eps); }
+    int64_t q_width() const { return pool_.num_heads * pool_.head_dim; }
 
     void attend(const LayerWeights& weights, int64_t layer) const {
-        const int64_t q_width = pool_.num_heads * pool_.head_dim;
         const int64_t k_width = pool_.num_kv_heads * pool_.head_dim;
-        const int64_t stride = q_width + 2 * k_width;
-        normalize(weights.input_norm, weights.qkv, {0, rows_});
-        multiply(weights.qkv, space_.x, decoder_.hidden_size, space_.qkv, stride, rows_,
-                 Mode::kSet);
-        const float* k = space_.qkv + q_width;
-        const Inputs inputs{space_.qkv, k,      k + k_width,    stride,         stride,
-                            stride,     weights.q_norm, weights.k_norm, eps()};
+        const int64_t stride = q_width() + 2 * k_width;
+        const float* k = space_.qkv + q_width();
+        const Inputs inputs{space_.qkv, k, k + k_width, stride, stride, stride, weights.q_norm,
+                            weights.k_norm, static_cast<float>(decoder_.eps)};
         attend_paged(pool_, pass_, inputs, layer, space_.o, threads_);
     }
 
     // Go on with these rows alone.
     void keep(const int64_t* wanted, int64_t num_wanted) {
-        const int64_t q_width = pool_.num_heads * pool_.head_dim;
         for (int64_t row = 0; row < num_wanted; ++row) {  // wanted[row] >= row: they rise.
             const auto move = [&](float* rows, int64_t width) {
                 std::memmove(rows + row * width, rows + wanted[row] * width, width * sizeof(float));
             };
             move(space_.h, decoder_.hidden_size);
-            move(space_.o, q_width);
+            move(space_.o, q_width());
         }
         rows_ = num_wanted;
     }
 
-    void project(const LayerWeights& weights) const {
-        const int64_t q_width = pool_.num_heads * pool_.head_dim;
-        if (weights.o.takes_int8()) {
-            rs_quantize_rows(space_.o, space_.values, space_.row_scales, space_.sums, rows_,
-                             q_width, q_width, threads_);
+    // body(runner, rows) for all rows: many are shared between the threads, each of which goes its
+    // way with a few at a time; few are computed by all threads together, which share the weights
+    // and wait for each other after every step. On AMX products wait for weights: they are shared.
+    template <class Body>
+    void for_rows(const Body& body) const {
+        if (threads_ == 1 || rows_ < 2 * kChunkRows * threads_ || has_amx()) {
+            return body(RowRunner(decoder_, pool_, space_, threads_), Rows{0, rows_});
         }
-        multiply(weights.o, space_.o, q_width, space_.h, decoder_.hidden_size, rows_,
-                 Mode::kAdd);
+        parallel_chunks(rows_, threads_, [&](Rows rows, int thread) {
+            body(RowRunner(decoder_, pool_, own_space(thread), 1), rows);
+        });
     }
 
-    void transform(const LayerWeights& weights) const {
-        for (int64_t first = 0; first < rows_; first += kMlpRows) {
-            const Rows rows{first, std::min(kMlpRows, rows_ - first)};
-            const int64_t width = decoder_.intermediate_size;
-            normalize(weights.post_norm, weights.gate_up, rows);
-            int64_t stride = width;
-            if (weights.gate_up.count == 1 && width % kGateMultiple == 0) {
-                multiply(weights.gate_up, space_.x, decoder_.hidden_size, space_.gate_up, stride,
-                         rows.count, Mode::kGate);
-            } else {
-                stride = 2 * width;
-                multiply(weights.gate_up, space_.x, decoder_.hidden_size, space_.gate_up, stride,
-                         rows.count, Mode::kSet);
-                rs_silu_mul(space_.gate_up, space_.gate_up, rows.count, width, stride, stride,
-                            threads_);
-            }
-            if (weights.down.takes_int8()) {
-                rs_quantize_rows(space_.gate_up, space_.values, space_.row_scales, space_.sums,
-                                 rows.count, width, stride, threads_);
-            }
-            multiply(weights.down, space_.gate_up, stride, residual(rows), decoder_.hidden_size,
-                     rows.count, Mode::kAdd);
-        }
-    }
-
-    // Normalise rows of h in the form, or the forms, that the layers read; from the beginning of
-    // x and of the quantized rows.
-    void normalize(const float* weight, const Joined& readers, Rows rows) const {
-        const int64_t width = decoder_.hidden_size;
-        if (!readers.takes_floats()) {
-            rs_rms_norm_quantize(residual(rows), weight, space_.values, space_.row_scales,
-                                 space_.sums, rows.count, width, width, eps(), threads_);
-            return;
-        }
-        rs_rms_norm(residual(rows), weight, space_.x, rows.count, width, width, eps(), threads_);
-        if (readers.takes_int8()) {
-            rs_quantize_rows(space_.x, space_.values, space_.row_scales, space_.sums, rows.count,
-                             width, width, threads_);
-        }
-    }
-
-    // Store in y what the layers make of x, or of its int8 form where they read that.
-    void multiply(const Joined& joined, const float* x, int64_t x_stride, float* y,
-                  int64_t y_stride, int64_t rows, Mode mode) const {
-        for (int64_t i = 0; i < joined.count; ++i) {
-            multiply(joined.parts[i], x, x_stride, y, y_stride, rows, mode);
-            y += joined.parts[i].outputs;
-        }
-    }
-
-    void multiply(const Linear& l, const float* x, int64_t x_stride, float* y, int64_t y_stride,
-                  int64_t rows, Mode mode) const {
-        const Space& s = space_;
-        switch (l.scheme) {
-            case Scheme::kBf16:
-                return rs_linear_dense(x, l.packed, l.bias, y, rows, l.inputs, l.outputs,
-                                       x_stride, y_stride, mode, threads_);
-            case Scheme::kW8A8:
-                return rs_linear_w8a8(s.values, s.row_scales, s.sums, l.packed, l.scales, l.bias,
-                                      y, rows, l.inputs, l.outputs, y_stride, mode, threads_);
-            case Scheme::kW4A16:
-                return rs_linear_w4a16(x, l.packed, l.bias, y, rows, l.inputs, l.outputs, l.group,
-                                       x_stride, y_stride, mode, threads_);
-            case Scheme::kW4A8:
-                return rs_linear_w4a8(s.values, s.row_scales, s.sums, l.packed, l.bias, y, rows,
-                                      l.inputs, l.outputs, l.group, y_stride, mode, threads_);
-        }
+    // One thread's part of the space, with room for a chunk.
+    Space own_space(int thread) const {
+        const int64_t width = decoder_.intermediate_size;
+        const int64_t widest = padded_inputs(std::max({decoder_.hidden_size, q_width(), width}));
+        const int64_t first = thread * kChunkRows;
+        Space own = space_;
+        own.x += first * decoder_.hidden_size;
+        own.gate_up += first * 2 * width;
+        own.values += first * widest;
+        own.row_scales += first;
+        own.sums += first * (widest / kSumBlock);
+        return own;
     }
 
     const Decoder& decoder_;
