@@ -94,6 +94,15 @@ def poisson(rate_per_s: float, duration_s: float, vocab_size: int, turn: int = 0
     return requests
 
 
+def fresh(requests: Sequence[Request], vocab_size: int) -> list[Request]:
+    """Return requests of the same lengths with other prompts, all at once."""
+    draws = random.Random(len(requests))
+    return [
+        Request(0.0, _prompt(draws, len(request.prompt), vocab_size), request.max_tokens)
+        for request in requests
+    ]
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """Return the value below which a share of them lies, by the nearest rank."""
     ordered = sorted(values)
