@@ -25,6 +25,8 @@ struct Pool {
 
     int64_t slots() const { return round_up(block_size, 16); }
     int64_t padded_dim() const { return round_up(head_dim, 16); }
+    int64_t q_width() const { return num_heads * head_dim; }
+    int64_t k_width() const { return num_kv_heads * head_dim; }
     int64_t group() const { return num_heads / num_kv_heads; }
     int64_t cell(int64_t layer, int64_t block, int64_t kv_head) const {
         return (layer * num_blocks + block) * num_kv_heads + kv_head;

@@ -67,14 +67,13 @@ class PassRunner {
     }
 
   private:
-    int64_t q_width() const { return pool_.num_heads * pool_.head_dim; }
-
     void attend(const LayerWeights& weights, int64_t layer) const {
-        const int64_t k_width = pool_.num_kv_heads * pool_.head_dim;
-        const int64_t stride = q_width() + 2 * k_width;
-        const float* k = space_.qkv + q_width();
-        const Inputs inputs{space_.qkv, k, k + k_width, stride, stride, stride, weights.q_norm,
-                            weights.k_norm, static_cast<float>(decoder_.eps)};
+        const int64_t stride = pool_.q_width() + 2 * pool_.k_width();
+        const float* k = space_.qkv + pool_.q_width();
+        const float* v = k + pool_.k_width();
+        const Inputs inputs{space_.qkv,     k,      v,
+                            stride,         stride, stride,
+                            weights.q_norm, weights.k_norm, static_cast<float>(decoder_.eps)};
         attend_paged(pool_, pass_, inputs, layer, space_.o, threads_);
     }
 
@@ -85,7 +84,7 @@ class PassRunner {
                 std::memmove(rows + row * width, rows + wanted[row] * width, width * sizeof(float));
             };
             move(space_.h, decoder_.hidden_size);
-            move(space_.o, q_width());
+            move(space_.o, pool_.q_width());
         }
         rows_ = num_wanted;
     }
@@ -106,7 +105,8 @@ class PassRunner {
     // One thread's part of the space, with room for a chunk.
     Space own_space(int thread) const {
         const int64_t width = decoder_.intermediate_size;
-        const int64_t widest = padded_inputs(std::max({decoder_.hidden_size, q_width(), width}));
+        const int64_t widest =
+            padded_inputs(std::max({decoder_.hidden_size, pool_.q_width(), width}));
         const int64_t first = thread * kChunkRows;
         Space own = space_;
         own.x += first * decoder_.hidden_size;

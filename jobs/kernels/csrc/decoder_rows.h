@@ -1,6 +1,6 @@
-// What a decoder does to rows of a pass between the attention of one layer and of the next: all that
-// a row goes through alone, from what attention gave, through the residual stream, to new queries,
-// keys and values.
+// What a decoder does to rows of a pass between the attention of one layer and of the next: all
+// that a row goes through alone, from what attention gave, through the residual stream, to new
+// queries, keys and values.
 #pragma once
 
 #include "attention.h"
@@ -78,7 +78,7 @@ class RowRunner {
 
     // From the residual stream to queries, keys and values.
     void prepare(const LayerWeights& weights, Rows rows) const {
-        const int64_t stride = q_width() + 2 * k_width();
+        const int64_t stride = pool_.q_width() + 2 * pool_.k_width();
         normalize(weights.input_norm, weights.qkv, rows);
         multiply(weights.qkv, space_.x, decoder_.hidden_size, space_.qkv + rows.first * stride,
                  stride, rows.count, Mode::kSet);
@@ -86,9 +86,9 @@ class RowRunner {
 
     // From what attention gave back to the residual stream.
     void project(const LayerWeights& weights, Rows rows) const {
-        const float* o = space_.o + rows.first * q_width();
-        if (weights.o.takes_int8()) quantize(o, rows.count, q_width(), q_width());
-        multiply(weights.o, o, q_width(), residual(rows), decoder_.hidden_size, rows.count,
+        const float* o = space_.o + rows.first * pool_.q_width();
+        if (weights.o.takes_int8()) quantize(o, rows.count, pool_.q_width(), pool_.q_width());
+        multiply(weights.o, o, pool_.q_width(), residual(rows), decoder_.hidden_size, rows.count,
                  Mode::kAdd);
     }
 
@@ -116,8 +116,6 @@ class RowRunner {
     }
 
   private:
-    int64_t q_width() const { return pool_.num_heads * pool_.head_dim; }
-    int64_t k_width() const { return pool_.num_kv_heads * pool_.head_dim; }
     float* residual(Rows rows) const { return space_.h + rows.first * decoder_.hidden_size; }
     float eps() const { return static_cast<float>(decoder_.eps); }
 
