@@ -1,9 +1,9 @@
-"""Weights in blocks of 32 outputs, as the C++ kernels read them, and calls that share that form.
+"""Weights in blocks of outputs, as the C++ kernels read them, and calls that share that form.
 
 Takes weights; gives packed bytes (the layouts are described in csrc/linear*), and the whole
 `run` of an operator from the part that writes in place. It does not know how products are made.
 
-O outputs, padded to K blocks of E = 32; I inputs; N rows
+O outputs, padded to K blocks of E (32 with AVX-512, 16 with AVX2); I inputs; N rows
 """
 
 import functools
@@ -18,7 +18,7 @@ from jobs.kernels.formats import Scheme
 from jobs.kernels.operator import InPlace, Operator, Packed, Problem, Weight
 from jobs.kernels.rows import QuantizedRows, quantize
 
-BLOCK = 32
+NAME = "cpp"  # of the operators of every format that run on these kernels
 _HUGE_PAGE_BYTES = 2 << 20
 
 
@@ -36,7 +36,17 @@ def refuses(problem: Problem, *, group_multiple: int = 1) -> str | None:
 
 def pad_outputs(weight_OI: Tensor) -> Tensor:
     """Return a weight with rows of zeros added up to whole blocks."""
-    return functional.pad(weight_OI, (0, 0, 0, -weight_OI.shape[0] % BLOCK))
+    return functional.pad(weight_OI, (0, 0, 0, -weight_OI.shape[0] % native.weight_layout().block))
+
+
+def interleave(weight_OI: Tensor, inputs: int) -> Tensor:
+    """Return a weight, padded before, as [K, I * E]: `inputs` of an output, then the next output's.
+
+    `inputs` must divide I.
+    """
+    block = native.weight_layout().block
+    by_block_KEGI = weight_OI.unflatten(1, (-1, inputs)).unflatten(0, (-1, block))
+    return by_block_KEGI.transpose(1, 2).flatten(1)
 
 
 def resident(packed: Tensor) -> Tensor:
@@ -54,7 +64,7 @@ def resident(packed: Tensor) -> Tensor:
 
 def join(parts: list[Packed], outputs: list[int]) -> Packed | None:
     """Return packed weights of several layers as those of one; None if a block would be shared."""
-    if any(count % BLOCK for count in outputs[:-1]):
+    if any(count % native.weight_layout().block for count in outputs[:-1]):
         return None
     return tuple(resident(torch.cat(tensors)) for tensors in zip(*parts, strict=True))
 
@@ -116,7 +126,6 @@ def run(
 
 
 def operator(
-    name: str,
     scheme: Scheme,
     refuses: Callable[[Problem], str | None],
     pack: Callable[[Weight, Problem], Packed],
@@ -124,7 +133,7 @@ def operator(
 ) -> Operator:
     """Return an operator that runs by its in-place form."""
     return Operator(
-        name,
+        NAME,
         scheme,
         refuses,
         pack,

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from cluster.errors import EngineError, RaysmithError
 from cluster.storage import storage_errors
@@ -43,8 +44,22 @@ _FLAGS = (
 # Without -fopenmp here: the library names no OpenMP runtime of its own, so its calls bind to the
 # one that torch has loaded, whichever file that is. Two runtimes would be two pools of threads.
 _LINK_FLAGS = ("-shared", "-fPIC")
-_CPU_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
 _TIMEOUT_S = 300.0
+
+
+class InstructionSet(NamedTuple):
+    """What the kernels are compiled for: the CPU flags it needs, as Linux names them."""
+
+    name: str
+    needs: tuple[str, ...]
+    compiler_flags: tuple[str, ...]
+
+
+# In order of preference; csrc/vector.h tells them apart by what the compiler may use.
+_INSTRUCTION_SETS = (
+    InstructionSet("avx512", ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"), ()),
+    InstructionSet("avx2", ("avx2", "fma"), ("-mno-avx512f",)),
+)
 
 
 def cache_folder() -> Path:
@@ -65,12 +80,30 @@ def cpu_name() -> str:
     return f"{fields.get('model name', os.uname().machine)} ({flags})"
 
 
+def cpu_flags() -> frozenset[str]:
+    """Return what this machine's CPU can do, as Linux names it; nothing elsewhere."""
+    return frozenset(_cpu_fields().get("flags", "").split())
+
+
+def instruction_set() -> InstructionSet | None:
+    """Return what the kernels are compiled for here: the best that the CPU has, None if none.
+
+    `RAYSMITH_KERNELS=avx2` asks for that one on any CPU. Raises EngineError for an unknown name.
+    """
+    names = [found.name for found in _INSTRUCTION_SETS]
+    wished = os.environ.get("RAYSMITH_KERNELS")
+    if wished and wished not in names:
+        raise EngineError(f"RAYSMITH_KERNELS=`{wished}` is none of: {', '.join(names)}.")
+    usable = [found for found in _INSTRUCTION_SETS if cpu_flags().issuperset(found.needs)]
+    return next((found for found in usable if not wished or found.name == wished), None)
+
+
 def why_impossible() -> str | None:
     """Return why this machine cannot build or run the kernels, or None."""
-    flags = _cpu_fields().get("flags", "").split()
-    missing = [flag for flag in _CPU_FLAGS if flag not in flags]
-    if missing:
-        return f"this CPU lacks {', '.join(missing)}"
+    if instruction_set() is None:
+        wished = os.environ.get("RAYSMITH_KERNELS")
+        least = next((s for s in _INSTRUCTION_SETS if s.name == wished), _INSTRUCTION_SETS[-1])
+        return f"this CPU lacks {', '.join(f for f in least.needs if f not in cpu_flags())}"
     if shutil.which(_compiler()) is None:
         return f"no C++ compiler `{_compiler()}` was found (install g++, or set CXX)"
     return None
@@ -131,7 +164,12 @@ def _common_digest() -> str:
         [_compiler(), "--version"], capture_output=True, text=True, check=False
     ).stdout
     headers = [path.read_text() for path in sorted(_SOURCES.glob("*.h"))]
-    return _digest(cpu_name(), _compiler(), version, *_FLAGS, *headers)
+    return _digest(cpu_name(), _compiler(), version, *_flags(), *headers)
+
+
+def _flags() -> tuple[str, ...]:
+    chosen = instruction_set()
+    return (*_FLAGS, *chosen.compiler_flags) if chosen else _FLAGS
 
 
 def _object_path(source: Path, common: str) -> Path:
@@ -141,7 +179,7 @@ def _object_path(source: Path, common: str) -> Path:
 def _compile_all(objects: dict[Path, Path]) -> None:
     missing = [(source, path) for source, path in objects.items() if not path.is_file()]
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(lambda pair: _run([*_FLAGS, "-c", str(pair[0])], pair[1]), missing))
+        list(pool.map(lambda pair: _run([*_flags(), "-c", str(pair[0])], pair[1]), missing))
 
 
 def _run(arguments: list[str], output: Path) -> None:

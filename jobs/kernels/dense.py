@@ -14,18 +14,17 @@ from jobs.kernels.operator import Operator, Packed, Problem, Weight, never_refus
 _in_place = blocks.in_place("rs_linear_dense", "ppppnnnnnii", takes_int8=False)
 
 
-def _refuses_avx512(problem: Problem) -> str | None:
+def _refuses_cpp(problem: Problem) -> str | None:
     if problem.dtype != torch.float32:
         return f"it computes float32, not {problem.dtype}"
     return blocks.refuses(problem)
 
 
-def _pack_avx512(weight: Weight, problem: Problem) -> Packed:
+def _pack_cpp(weight: Weight, problem: Problem) -> Packed:
     assert isinstance(weight, Tensor), "this operator takes dense weights"
     weight_OI = blocks.pad_outputs(weight.to(torch.bfloat16))
     weight_OI = functional.pad(weight_OI, (0, weight_OI.shape[1] % 2))
-    by_two = weight_OI.unflatten(1, (-1, 2)).unflatten(0, (-1, blocks.BLOCK)).transpose(1, 2)
-    return (blocks.resident(by_two.flatten(1)),)
+    return (blocks.resident(blocks.interleave(weight_OI, 2)),)
 
 
 def _pack_torch(weight: Weight, problem: Problem) -> Packed:
@@ -38,6 +37,6 @@ def _run_torch(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Pro
 
 
 OPERATORS = (
-    blocks.operator("avx512", "bf16", _refuses_avx512, _pack_avx512, _in_place),
+    blocks.operator("bf16", _refuses_cpp, _pack_cpp, _in_place),
     Operator("dense", "bf16", never_refuses, _pack_torch, _run_torch),
 )

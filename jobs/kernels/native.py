@@ -16,6 +16,7 @@ import ctypes
 import functools
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ _TYPES = {
 }
 
 
+class WeightLayout(NamedTuple):
+    """How the library reads packed weights, which depends on the CPU (see csrc/linear*.cpp)."""
+
+    block: int  # outputs that lie together
+    int8_inputs: int  # of one output that lie together, in int8
+    int8_offset: int  # added to int8 weights
+
+
 def why_unavailable() -> str | None:
     """Return why the kernels cannot be used in this process, or None; builds them if missing."""
     return _load()[1]
@@ -43,9 +52,23 @@ def is_available() -> bool:
     return _load()[1] is None
 
 
+def instruction_set() -> str:
+    """Return what the library is compiled for, "avx512" or "avx2"; "" where there is none."""
+    chosen = build.instruction_set()
+    return chosen.name if chosen else ""
+
+
 def library_name() -> str:
     """Return the loaded library's file name, which changes with its sources, compiler and CPU."""
     return str(_library()._name).rpartition("/")[2]
+
+
+@functools.cache
+def weight_layout() -> WeightLayout:
+    """Return how weights must be packed. Raises EngineError where the library is not available."""
+    found = torch.zeros(3, dtype=torch.int64)
+    function("rs_weight_layout", "p")(address(found))
+    return WeightLayout(*found.tolist())
 
 
 @functools.cache

@@ -6,7 +6,7 @@ Takes rows of activations and a packed weight; gives rows of outputs.
 import torch
 from torch import Tensor
 
-from jobs.kernels import blocks
+from jobs.kernels import blocks, native
 from jobs.kernels.formats import QuantizedWeight, pack_int4, reference_linear, unpack_int4
 from jobs.kernels.operator import (
     Operator,
@@ -28,10 +28,10 @@ _in_place = blocks.in_place("rs_linear_w4a16", "ppppnnnnnnii", takes_int8=False)
 def pack_blocks(weight: Weight, problem: Problem) -> Packed:
     """Return int4 weights as csrc/linear_int4.h describes them, scales among them."""
     weight = quantized(weight)
-    groups, lanes = weight.scale_OG.shape[1], blocks.BLOCK // 2
+    groups, lanes = weight.scale_OG.shape[1], native.weight_layout().block // 2
     nibbles_OI = (blocks.pad_outputs(weight.values_OI) + 8).view(torch.uint8)
     low, high = nibbles_OI.unflatten(1, (-1, 2, 4)).unbind(2)
-    bytes_KI = (low | high << 4).unflatten(0, (-1, blocks.BLOCK)).transpose(1, 2).flatten(1)
+    bytes_KI = blocks.interleave((low | high << 4).flatten(1), 4)
     scale_OG = blocks.pad_outputs(weight.scale_OG.to(torch.bfloat16))
     scale_KGE2 = scale_OG.unflatten(0, (-1, 2, lanes)).permute(0, 3, 2, 1).contiguous()
     scale_KGB = scale_KGE2.flatten(2).view(torch.uint8)
@@ -39,7 +39,7 @@ def pack_blocks(weight: Weight, problem: Problem) -> Packed:
     return (blocks.resident(packed_KGB.flatten(1)),)
 
 
-def _refuses_avx512(problem: Problem) -> str | None:
+def _refuses_cpp(problem: Problem) -> str | None:
     return blocks.refuses(problem, group_multiple=_STEP)
 
 
@@ -97,7 +97,7 @@ def run_reference(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: 
 
 
 OPERATORS = (
-    blocks.operator("avx512", "w4a16", _refuses_avx512, pack_blocks, _in_place),
+    blocks.operator("w4a16", _refuses_cpp, pack_blocks, _in_place),
     Operator("int4pack", "w4a16", _refuses_int4pack, _pack_int4pack, _run_int4pack),
     Operator("reference", "w4a16", never_refuses, pack_reference, run_reference),
 )

@@ -12,11 +12,11 @@ _SUM_BLOCK = 32  # inputs that share a sum in QuantizedRows
 _in_place = blocks.in_place("rs_linear_w4a8", "ppppppnnnnnii", takes_int8=True)
 
 
-def _refuses_vnni(problem: Problem) -> str | None:
+def _refuses_cpp(problem: Problem) -> str | None:
     return blocks.refuses(problem, group_multiple=_SUM_BLOCK)
 
 
 OPERATORS = (
-    blocks.operator("vnni", "w4a8", _refuses_vnni, pack_blocks, _in_place),
+    blocks.operator("w4a8", _refuses_cpp, pack_blocks, _in_place),
     Operator("reference", "w4a8", never_refuses, pack_reference, run_reference),
 )

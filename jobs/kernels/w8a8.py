@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from jobs.kernels import blocks
+from jobs.kernels import blocks, build, native
 from jobs.kernels.formats import QuantizedWeight, quantize_rows, reference_linear
 from jobs.kernels.operator import (
     Operator,
@@ -32,22 +32,22 @@ _MAX_INPUTS = 66_000  # sums of more products of two bytes leave 32 bits
 _in_place = blocks.in_place("rs_linear_w8a8", "pppppppnnnnii", takes_int8=True)
 
 
-def _refuses_vnni(problem: Problem) -> str | None:
+def _refuses_cpp(problem: Problem) -> str | None:
     if problem.in_features > _MAX_INPUTS:
         return f"it takes {_MAX_INPUTS} inputs at most"
     return blocks.refuses(problem)
 
 
-def _pack_vnni(weight: Weight, problem: Problem) -> Packed:
+def _pack_cpp(weight: Weight, problem: Problem) -> Packed:
     values_OI = blocks.pad_outputs(quantized(weight).values_OI)
     values_OI = functional.pad(
         values_OI, (0, padded_inputs(problem.in_features) - values_OI.shape[1])
     )
-    # Flipping the top bit adds 128: the CPU multiplies unsigned by signed bytes.
-    offset_OI = values_OI.view(torch.uint8) ^ 0x80
-    by_four = offset_OI.unflatten(1, (-1, 4)).unflatten(0, (-1, blocks.BLOCK)).transpose(1, 2)
+    layout = native.weight_layout()
+    # An offset of 128 flips the top bit.
+    packed_KI = blocks.interleave(values_OI.view(torch.uint8) ^ layout.int8_offset, layout.int8_inputs)
     scale_O = blocks.pad_outputs(quantized(weight).scale_OG.float())[:, 0]
-    return blocks.resident(by_four.flatten(1)), scale_O.contiguous()
+    return blocks.resident(packed_KI), scale_O.contiguous()
 
 
 @functools.cache
@@ -87,6 +87,8 @@ def _refuses_zentorch(problem: Problem) -> str | None:
         return "it runs on CPUs only"
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return f"it computes float32 and bfloat16, not {problem.dtype}"
+    if "avx512f" not in build.cpu_flags():  # It does not look, and the process would die.
+        return "this CPU lacks avx512f"
     return _load_zentorch()
 
 
@@ -138,7 +140,7 @@ def _run_reference(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem:
 
 
 OPERATORS = (
-    blocks.operator("vnni", "w8a8", _refuses_vnni, _pack_vnni, _in_place),
+    blocks.operator("w8a8", _refuses_cpp, _pack_cpp, _in_place),
     Operator("zentorch", "w8a8", _refuses_zentorch, _pack_zentorch, _run_zentorch),
     Operator("int_mm", "w8a8", _refuses_int_mm, _pack_int_mm, _run_int_mm, has_exact_rows=True),
     Operator("reference", "w8a8", never_refuses, _pack_reference, _run_reference),

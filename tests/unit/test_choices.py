@@ -11,7 +11,7 @@ from jobs.kernels.formats import Layout
 from jobs.kernels.operator import Problem
 
 PROBLEM = Problem(Layout("w4a8", 64), 96, 128, torch.float32, torch.device("cpu"))
-CHOICE = Choice("vnni", {"vnni": 1.5, "reference": 90.0}, {"other": "it is absent"})
+CHOICE = Choice("cpp", {"cpp": 1.5, "reference": 90.0}, {"other": "it is absent"})
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from jobs.kernels import native
+from jobs.kernels import blocks, native
 from jobs.kernels.formats import (
     Layout,
     QuantizedWeight,
@@ -58,9 +58,7 @@ def make_weight(rows: int, columns: int, layout: Layout, seed: int = 0) -> Weigh
 
 
 def make_layer(weight: Weight, bias_O: Tensor | None = None) -> Linear:
-    is_int8 = isinstance(weight, QuantizedWeight) and weight.scheme in ("w8a8", "w4a8")
-    operator = "vnni" if is_int8 else "avx512"
-    return build_linear(weight, bias_O, dtype=torch.float32, operator=operator)
+    return build_linear(weight, bias_O, dtype=torch.float32, operator=blocks.NAME)
 
 
 def expected(x_NI: Tensor, weight: Weight) -> Tensor:

@@ -133,6 +133,6 @@ def test_create_when_loaded_says_what_runs_on_which_operator(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="serving.engines.native"):
         create(tmp_path, {"max_len": 32}).close()
     (record,) = (r for r in caplog.records if r.name.endswith("native.loading"))
-    operator = "avx512" if native.is_available() else "dense"
+    operator = "cpp" if native.is_available() else "dense"
     assert f"15 x bf16 on {operator}" in record.getMessage()
     assert "decoding: operator by operator" in record.getMessage()

@@ -130,7 +130,7 @@ def test_choice_when_asked_again_is_not_measured_again() -> None:
 def test_choice_when_group_size_is_unusual_says_who_refused_and_why() -> None:
     choice = choose("w4a8", 64, 64, torch.float32, group_size=16)
     assert choice.operator == "reference"
-    assert "multiples of 32, not 16" in choice.refused["vnni"]
+    assert "multiples of 32, not 16" in choice.refused["cpp"]
 
 
 def test_available_when_dense_lists_torch_last() -> None:

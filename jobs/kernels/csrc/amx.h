@@ -11,7 +11,7 @@
 #include "linear.h"
 #include "quantize.h"
 
-#if defined(__AMX_INT8__) && defined(__linux__)
+#if defined(RS_VNNI) && defined(__AMX_INT8__) && defined(__linux__)
 #define RS_AMX 1
 #endif
 

@@ -1,7 +1,7 @@
 // What paged attention is given: the pool of blocks, and the pass that reads and writes it.
 //
 // keys    [layer, block, kv head, D, slots]   a feature of all tokens of a block lies together, so
-//                                             16 scores are computed at a time without a reduction
+//                                             scores are computed without a reduction
 // values  [layer, block, kv head, slots, padded D]
 // scales  float [2, layer, block, kv head, slots], keys' then values'; int8 only
 //

@@ -10,11 +10,11 @@
 
 namespace rs {
 
-constexpr int64_t kMaxSlots = 512;    // of a block, or of the blocks of a chunk
-constexpr int64_t kRowBlock = 8;      // rows whose sums are held in registers
-constexpr int64_t kMaxVectors = kMaxSlots / 16;
+constexpr int64_t kMaxSlots = 512;  // of a block, or of the blocks of a chunk
+constexpr int64_t kRowBlock = kRegisters / 4;  // rows whose sums, two vectors, are held in registers
+constexpr int64_t kMaxVectors = kMaxSlots / kLanes;
 
-// Keys that are taken together: vectors of 16 slots, and the blocks whose slots they are. Slots
+// Keys that are taken together: vectors of kLanes slots, and the blocks whose slots they are. Slots
 // behind a block's end are padding, which nobody sees.
 template <class T>
 struct Chunk {
@@ -30,9 +30,9 @@ struct Chunk {
     int64_t first_slot[kMaxVectors], last_slot[kMaxVectors];  // seen by any row, in each block
 
     // Lanes of vector v that hold positions [first, last].
-    __mmask16 lanes(int64_t v, int64_t first, int64_t last) const {
+    Lanes lanes(int64_t v, int64_t first, int64_t last) const {
         const int64_t stop = std::min(num_slots[v], last + 1 - position[v]);
-        return static_cast<__mmask16>(first_lanes(stop) & ~first_lanes(first - position[v]));
+        return without(first_lanes(stop), first_lanes(first - position[v]));
     }
 };
 
@@ -40,14 +40,14 @@ struct Chunk {
 // the next one reads: scoring for the values of the same tokens, mixing for the next chunk's keys, as
 // many as it reads values itself.
 
-// scores[r][0..16 NV) = q[r] . keys, for R rows and vectors [v, v + NV) of a chunk. Each vector has
-// its own address: with blocks of 16 the next vector lies in another block.
+// scores[r][0..kLanes NV) = q[r] . keys, for R rows and vectors [v, v + NV) of a chunk. Each vector has
+// its own address: the next one may lie in another block.
 template <class T, int R, int NV, bool kFetch>
 inline void score_block(const float* q, int64_t dim, const Chunk<T>& chunk, int64_t v0,
                         int64_t slots, float* scores, int64_t score_stride) {
     const T* keys[NV];
     const T* values[NV];
-    __m512 sums[R][NV];
+    Floats sums[R][NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
         keys[v] = chunk.keys[v0 + v];
@@ -56,47 +56,47 @@ inline void score_block(const float* q, int64_t dim, const Chunk<T>& chunk, int6
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) sums[r][v] = _mm512_setzero_ps();
+        for (int v = 0; v < NV; ++v) sums[r][v] = zeros();
     }
-    constexpr int kStepsPerLine = 64 / (16 * sizeof(T));  // of values, 16 a step
+    constexpr int kStepsPerLine = 64 / (kLanes * sizeof(T));  // of values, a vector a step
     for (int64_t d = 0; d < dim; ++d) {
-        __m512 key[NV];
+        Floats key[NV];
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) {
-            if (kFetch && d % kStepsPerLine == 0) _mm_prefetch(values[v] + d * 16, _MM_HINT_T1);
-            key[v] = load16(keys[v] + d * slots);
+            if (kFetch && d % kStepsPerLine == 0) _mm_prefetch(values[v] + d * kLanes, _MM_HINT_T1);
+            key[v] = load(keys[v] + d * slots);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            const __m512 query = _mm512_set1_ps(q[r * dim + d]);
+            const Floats query = all(q[r * dim + d]);
 #pragma GCC unroll 2
-            for (int v = 0; v < NV; ++v) sums[r][v] = _mm512_fmadd_ps(query, key[v], sums[r][v]);
+            for (int v = 0; v < NV; ++v) sums[r][v] = multiply_add(query, key[v], sums[r][v]);
         }
     }
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-        __m512 scale = _mm512_undefined_ps();
-        if constexpr (std::is_same_v<T, int8_t>) scale = _mm512_loadu_ps(chunk.key_scales[v0 + v]);
+        Floats scale = zeros();
+        if constexpr (std::is_same_v<T, int8_t>) scale = load(chunk.key_scales[v0 + v]);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            __m512 score = sums[r][v];
-            if constexpr (std::is_same_v<T, int8_t>) score = _mm512_mul_ps(score, scale);
-            _mm512_storeu_ps(scores + r * score_stride + 16 * v, score);
+            Floats score = sums[r][v];
+            if constexpr (std::is_same_v<T, int8_t>) score = score * scale;
+            store(scores + r * score_stride + kLanes * v, score);
         }
     }
 }
 
-// o[r][0..16 NV) += weights[r] . values, over the visible slots of each block of the chunk. A
+// o[r][0..kLanes NV) += weights[r] . values, over the visible slots of each block of the chunk. A
 // block's keys take as much memory as its values.
 template <class T, int R, int NV, bool kFetch>
 inline void mix_block(const float* weights, int64_t weight_stride, const Chunk<T>& chunk,
                       const Chunk<T>& next, int64_t column, int64_t slots, int64_t padded_dim,
                       float* o) {
-    __m512 sums[R][NV];
+    Floats sums[R][NV];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) sums[r][v] = _mm512_loadu_ps(o + r * padded_dim + 16 * v);
+        for (int v = 0; v < NV; ++v) sums[r][v] = load(o + r * padded_dim + kLanes * v);
     }
     for (int64_t b = 0; b < chunk.num_blocks; ++b) {
         const T* values = chunk.block_values[b] + column;
@@ -106,19 +106,19 @@ inline void mix_block(const float* weights, int64_t weight_stride, const Chunk<T
             if constexpr (kFetch) {
 #pragma GCC unroll 2
                 for (int v = 0; v < NV; ++v) {
-                    if (16 * v * sizeof(T) % 64) continue;  // In the line of the vector before.
-                    _mm_prefetch(next_keys + s * padded_dim + 16 * v, _MM_HINT_T1);
+                    if (kLanes * v * sizeof(T) % 64) continue;  // In the line of the vector before.
+                    _mm_prefetch(next_keys + s * padded_dim + kLanes * v, _MM_HINT_T1);
                 }
             }
-            __m512 value[NV];
+            Floats value[NV];
 #pragma GCC unroll 2
-            for (int v = 0; v < NV; ++v) value[v] = load16(row + 16 * v);
+            for (int v = 0; v < NV; ++v) value[v] = load(row + kLanes * v);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const __m512 weight = _mm512_set1_ps(weights[r * weight_stride + b * slots + s]);
+                const Floats weight = all(weights[r * weight_stride + b * slots + s]);
 #pragma GCC unroll 2
                 for (int v = 0; v < NV; ++v) {
-                    sums[r][v] = _mm512_fmadd_ps(weight, value[v], sums[r][v]);
+                    sums[r][v] = multiply_add(weight, value[v], sums[r][v]);
                 }
             }
         }
@@ -126,23 +126,17 @@ inline void mix_block(const float* weights, int64_t weight_stride, const Chunk<T
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) _mm512_storeu_ps(o + r * padded_dim + 16 * v, sums[r][v]);
+        for (int v = 0; v < NV; ++v) store(o + r * padded_dim + kLanes * v, sums[r][v]);
     }
 }
 
-// Call f with the number of rows as a constant.
-template <class F>
+// Call f with the number of rows, kRowBlock at most, as a constant.
+template <int kRows = kRowBlock, class F>
 inline void with_rows(int64_t rows, const F& f) {
-    switch (rows) {
-        case 1: return f(std::integral_constant<int, 1>{});
-        case 2: return f(std::integral_constant<int, 2>{});
-        case 3: return f(std::integral_constant<int, 3>{});
-        case 4: return f(std::integral_constant<int, 4>{});
-        case 5: return f(std::integral_constant<int, 5>{});
-        case 6: return f(std::integral_constant<int, 6>{});
-        case 7: return f(std::integral_constant<int, 7>{});
-        default: return f(std::integral_constant<int, 8>{});
+    if constexpr (kRows > 1) {
+        if (rows < kRows) return with_rows<kRows - 1>(rows, f);
     }
+    f(std::integral_constant<int, kRows>{});
 }
 
 }  // namespace rs

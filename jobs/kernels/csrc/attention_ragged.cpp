@@ -1,7 +1,7 @@
 // Attention in both directions over sequences of different lengths, one behind the other.
 //
 // A task is one head of one sequence: its keys are laid out with a feature of all tokens together,
-// so that 16 scores are computed at a time without a reduction. Every row is computed in one order,
+// so that a vector of scores are computed at a time without a reduction. Every row is computed in one order,
 // so it depends neither on the rows beside it nor on the other sequences.
 #include <cmath>
 #include <vector>
@@ -11,28 +11,15 @@
 namespace rs {
 namespace {
 
-constexpr int64_t kLanes = 16;
-constexpr int kRows = 4;  // query rows that share what is read of keys and values
-
-inline __m512 load_some(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
-inline __m512 load_some(const Bfloat16* x, __mmask16 mask) {
-    const __m256i bits = _mm256_maskz_loadu_epi16(mask, x);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-inline void store_some(float* y, __mmask16 mask, __m512 value) {
-    _mm512_mask_storeu_ps(y, mask, value);
-}
-inline void store_some(Bfloat16* y, __mmask16 mask, __m512 value) {
-    _mm256_mask_storeu_epi16(y, mask, to_bfloat16(value));
-}
+// Query rows that share what is read of keys and values: as many sums as are under way at a time.
+constexpr int kRows = 128 / kRegisters;
 
 // Features [0, dim) of `rows` tokens that lie `stride` apart, as floats `padded` apart.
 template <class T>
 void widen(const T* x, int64_t stride, int64_t rows, int64_t dim, int64_t padded, float* out) {
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t d = 0; d < dim; d += kLanes) {
-            const __m512 part = load_some(x + row * stride + d, first_lanes(dim - d));
-            _mm512_storeu_ps(out + row * padded + d, part);
+            store(out + row * padded + d, load_some(x + row * stride + d, dim - d));
         }
     }
 }
@@ -47,59 +34,57 @@ struct Head {
     // scores[r, j] = 2^(q_r k_j - largest); returns 1 / their sum in `inverse`.
     void score(float* inverse) const {
         for (int64_t j = 0; j < padded_length; j += kLanes) {
-            __m512 sums[kRows];
-            for (auto& sum : sums) sum = _mm512_setzero_ps();
+            Floats sums[kRows];
+            for (auto& sum : sums) sum = zeros();
             for (int64_t d = 0; d < dim; ++d) {
-                const __m512 key = _mm512_loadu_ps(keys + d * padded_length + j);
-#pragma GCC unroll 4
+                const Floats key = load(keys + d * padded_length + j);
+#pragma GCC unroll 8
                 for (int r = 0; r < kRows; ++r) {
-                    const __m512 query = _mm512_set1_ps(queries[r * padded_dim + d]);
-                    sums[r] = _mm512_fmadd_ps(query, key, sums[r]);
+                    const Floats query = all(queries[r * padded_dim + d]);
+                    sums[r] = multiply_add(query, key, sums[r]);
                 }
             }
             for (int r = 0; r < kRows; ++r) {
-                _mm512_storeu_ps(scores + r * padded_length + j, sums[r]);
+                store(scores + r * padded_length + j, sums[r]);
             }
         }
         for (int r = 0; r < kRows; ++r) inverse[r] = weigh(scores + r * padded_length);
     }
 
     float weigh(float* row) const {
-        const __m512 lowest = _mm512_set1_ps(-INFINITY);
-        __m512 largest = lowest;
+        const Floats lowest = all(-INFINITY);
+        Floats largest = lowest;
         for (int64_t j = 0; j < length; j += kLanes) {
-            const __m512 part = _mm512_loadu_ps(row + j);
-            largest = _mm512_max_ps(
-                largest, _mm512_mask_mov_ps(lowest, first_lanes(length - j), part));
+            const Floats part = load(row + j);
+            largest = maximum(largest, choose(first_lanes(length - j), part, lowest));
         }
-        const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
-        __m512 sum = _mm512_setzero_ps();
+        const Floats top = all(largest_of(largest));
+        Floats sum = zeros();
         for (int64_t j = 0; j < length; j += kLanes) {
-            const __m512 power = exp2(_mm512_sub_ps(_mm512_loadu_ps(row + j), top));
-            const __m512 weight = _mm512_maskz_mov_ps(first_lanes(length - j), power);
-            _mm512_storeu_ps(row + j, weight);
-            sum = _mm512_add_ps(sum, weight);
+            const Floats power = exp2(load(row + j) - top);
+            const Floats weight = keep(first_lanes(length - j), power);
+            store(row + j, weight);
+            sum = sum + weight;
         }
-        return 1.0f / _mm512_reduce_add_ps(sum);
+        return 1.0f / sum_of(sum);
     }
 
     // out[r, d] = sum_j scores[r, j] * values[j, d] * inverse[r]
     template <class T>
     void mix(const float* inverse, int rows, T* out, int64_t stride) const {
         for (int64_t d = 0; d < dim; d += kLanes) {
-            __m512 sums[kRows];
-            for (auto& sum : sums) sum = _mm512_setzero_ps();
+            Floats sums[kRows];
+            for (auto& sum : sums) sum = zeros();
             for (int64_t j = 0; j < length; ++j) {
-                const __m512 value = _mm512_loadu_ps(values + j * padded_dim + d);
-#pragma GCC unroll 4
+                const Floats value = load(values + j * padded_dim + d);
+#pragma GCC unroll 8
                 for (int r = 0; r < kRows; ++r) {
-                    const __m512 weight = _mm512_set1_ps(scores[r * padded_length + j]);
-                    sums[r] = _mm512_fmadd_ps(weight, value, sums[r]);
+                    const Floats weight = all(scores[r * padded_length + j]);
+                    sums[r] = multiply_add(weight, value, sums[r]);
                 }
             }
             for (int r = 0; r < rows; ++r) {
-                const __m512 mixed = _mm512_mul_ps(sums[r], _mm512_set1_ps(inverse[r]));
-                store_some(out + r * stride + d, first_lanes(dim - d), mixed);
+                store_some(out + r * stride + d, sums[r] * all(inverse[r]), dim - d);
             }
         }
     }

@@ -12,68 +12,56 @@ constexpr int64_t kMaxDim = 256;  // of a head; native_ops.py refuses more
 
 // 1 / root mean square of x [dim].
 inline float inverse_rms(const float* x, int64_t dim, float eps) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < dim; i += 16) {
-        const __m512 part = _mm512_maskz_loadu_ps(first_lanes(dim - i), x + i);
-        sum = _mm512_fmadd_ps(part, part, sum);
+    Floats sum = zeros();
+    for (int64_t i = 0; i < dim; i += kLanes) {
+        const Floats part = load_some(x + i, dim - i);
+        sum = multiply_add(part, part, sum);
     }
-    return 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / static_cast<float>(dim) + eps);
+    return 1.0f / std::sqrt(sum_of(sum) / static_cast<float>(dim) + eps);
 }
 
 // out = one head of a token, normalised and rotated as the pass asks, times `factor`.
 inline void prepare_head(const float* x, const float* norm, float eps, const Angles& angles,
                          int64_t dim, float factor, float* out) {
-    const __m512 all = _mm512_set1_ps(factor);
-    const __m512 inverse = _mm512_set1_ps(norm ? inverse_rms(x, dim, eps) : 1.0f);
-    const auto load = [&](int64_t i, __mmask16 lanes) {
-        const __m512 raw = _mm512_maskz_loadu_ps(lanes, x + i);
-        if (!norm) return raw;
-        return _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, norm + i), _mm512_mul_ps(raw, inverse));
+    const Floats inverse = all(norm ? inverse_rms(x, dim, eps) : 1.0f);
+    const auto part = [&](int64_t i, int64_t count) {
+        const Floats raw = load_some(x + i, count);
+        return norm ? load_some(norm + i, count) * (raw * inverse) : raw;
     };
     if (!angles.cos) {
-        for (int64_t i = 0; i < dim; i += 16) {
-            const __mmask16 lanes = first_lanes(dim - i);
-            _mm512_mask_storeu_ps(out + i, lanes, _mm512_mul_ps(load(i, lanes), all));
+        for (int64_t i = 0; i < dim; i += kLanes) {
+            store_some(out + i, part(i, dim - i) * all(factor), dim - i);
         }
         return;
     }
     const int64_t half = dim / 2;
-    for (int64_t i = 0; i < half; i += 16) {
-        const __mmask16 lanes = first_lanes(half - i);
-        const __m512 first = load(i, lanes), second = load(half + i, lanes);
-        const __m512 c = _mm512_maskz_loadu_ps(lanes, angles.cos + i);
-        const __m512 s = _mm512_maskz_loadu_ps(lanes, angles.sin + i);
-        const __m512 left = _mm512_sub_ps(_mm512_mul_ps(first, c), _mm512_mul_ps(second, s));
-        const __m512 right = _mm512_add_ps(_mm512_mul_ps(second, c), _mm512_mul_ps(first, s));
-        _mm512_mask_storeu_ps(out + i, lanes, _mm512_mul_ps(left, all));
-        _mm512_mask_storeu_ps(out + half + i, lanes, _mm512_mul_ps(right, all));
+    for (int64_t i = 0; i < half; i += kLanes) {
+        const int64_t count = half - i;
+        const Floats first = part(i, count), second = part(half + i, count);
+        const Floats c = load_some(angles.cos + i, count), s = load_some(angles.sin + i, count);
+        store_some(out + i, (first * c - second * s) * all(factor), count);
+        store_some(out + half + i, (second * c + first * s) * all(factor), count);
     }
 }
 
-inline void store(float* out, const float* x, int64_t dim) { std::copy_n(x, dim, out); }
+inline void store_head(float* out, const float* x, int64_t dim) { std::copy_n(x, dim, out); }
 
-inline void store(Bfloat16* out, const float* x, int64_t dim) {
-    for (int64_t d = 0; d < dim; d += 16) {
-        const __mmask16 lanes = first_lanes(dim - d);
-        const __m512 part = _mm512_maskz_loadu_ps(lanes, x + d);
-        _mm256_mask_storeu_epi16(out + d, lanes, to_bfloat16(part));
+inline void store_head(Bfloat16* out, const float* x, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+        store_some(out + d, load_some(x + d, dim - d), dim - d);
     }
 }
 
 // As formats.quantize_rows; returns the scale.
-inline float store(int8_t* out, const float* x, int64_t dim) {
-    __m512 largest = _mm512_setzero_ps();
-    for (int64_t d = 0; d < dim; d += 16) {
-        const __m512 part = _mm512_maskz_loadu_ps(first_lanes(dim - d), x + d);
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(part));
+inline float store_head(int8_t* out, const float* x, int64_t dim) {
+    Floats largest = zeros();
+    for (int64_t d = 0; d < dim; d += kLanes) {
+        largest = maximum(largest, magnitude(load_some(x + d, dim - d)));
     }
-    const float step = _mm512_reduce_max_ps(largest) / 127.0f;
+    const float step = largest_of(largest) / 127.0f;
     const float scale = step < 1e-12f ? 1e-12f : step;
-    for (int64_t d = 0; d < dim; d += 16) {
-        const __mmask16 lanes = first_lanes(dim - d);
-        const __m512 part = _mm512_maskz_loadu_ps(lanes, x + d);
-        const __m512i steps = _mm512_cvtps_epi32(_mm512_div_ps(part, _mm512_set1_ps(scale)));
-        _mm_mask_storeu_epi8(out + d, lanes, _mm512_cvtsepi32_epi8(steps));
+    for (int64_t d = 0; d < dim; d += kLanes) {
+        store_some(out + d, load_some(x + d, dim - d) / all(scale), dim - d);
     }
     return scale;
 }

@@ -159,7 +159,9 @@ class Attender {
             chunk.block_values[b] = cells_.values(block, tile.kv_head);
             chunk.first_slot[b] = std::max<int64_t>(0, tile.first - start);
             chunk.last_slot[b] = std::min(pool_.block_size, tile.last + 1 - start);
-            for (int64_t slot = 0; slot < chunk.last_slot[b]; slot += 16) {
+            // Scores lie as slots do, those of padding included.
+            const int64_t end = b + 1 < chunk.num_blocks ? slots_ : chunk.last_slot[b];
+            for (int64_t slot = 0; slot < end; slot += kLanes) {
                 const int64_t v = chunk.num_vectors++;
                 chunk.keys[v] = chunk.block_keys[b] + slot;
                 chunk.values[v] = chunk.block_values[b] + slot * padded_dim_;
@@ -195,7 +197,7 @@ class Attender {
         for (int64_t v = 0; v < chunk.num_vectors; v += 2) {
             for (int64_t r = 0; r < tile.num_rows; r += kRowBlock) {
                 const float* q = scratch.q + r * dim_;
-                float* scores = scratch.scores + r * score_stride_ + 16 * v;
+                float* scores = scratch.scores + r * score_stride_ + kLanes * v;
                 with_rows(tile.num_rows - r, [&](auto rows) {
                     if (v + 1 < chunk.num_vectors) {
                         score_block<T, rows, 2, kFetch>(q, dim_, chunk, v, slots_, scores,
@@ -217,35 +219,30 @@ class Attender {
     void weigh(int64_t r, int64_t position, const Chunk<T>& chunk, Scratch& scratch) const {
         float* scores = scratch.scores + r * score_stride_;
         const int64_t first = first_visible(position);
-        __m512 highest = _mm512_set1_ps(scratch.largest[r]);
+        Floats highest = all(scratch.largest[r]);
         for (int64_t v = 0; v < chunk.num_vectors; ++v) {
-            const __m512 score = _mm512_loadu_ps(scores + 16 * v);
-            highest = _mm512_mask_max_ps(highest, chunk.lanes(v, first, position), highest, score);
+            const Floats score = load(scores + kLanes * v);
+            highest = choose(chunk.lanes(v, first, position), maximum(highest, score), highest);
         }
-        const float largest = _mm512_reduce_max_ps(highest);
-        const __m512 shift = _mm512_set1_ps(largest);
-        __m512 sum = _mm512_setzero_ps();
+        const float largest = largest_of(highest);
+        const Floats shift = all(largest);
+        Floats sum = zeros();
         for (int64_t v = 0; v < chunk.num_vectors; ++v) {
-            const __m512 score = _mm512_loadu_ps(scores + 16 * v);
-            const __mmask16 lanes = chunk.lanes(v, first, position);
-            __m512 weight = _mm512_maskz_mov_ps(lanes, exp2(_mm512_sub_ps(score, shift)));
-            sum = _mm512_add_ps(sum, weight);
+            const Floats score = load(scores + kLanes * v);
+            const Lanes lanes = chunk.lanes(v, first, position);
+            Floats weight = keep(lanes, exp2(score - shift));
+            sum = sum + weight;
             if constexpr (std::is_same_v<T, int8_t>) {
                 // The values' scales ride on the weights.
-                const __m512 scale = _mm512_loadu_ps(chunk.value_scales[v]);
-                weight = _mm512_maskz_mul_ps(lanes, weight, scale);
+                weight = keep(lanes, weight * load(chunk.value_scales[v]));
             }
-            _mm512_storeu_ps(scores + 16 * v, weight);
+            store(scores + kLanes * v, weight);
         }
-        const __m512 shrink =
-            exp2(_mm512_sub_ps(_mm512_set1_ps(scratch.largest[r]), shift));
+        const Floats shrink = exp2(all(scratch.largest[r]) - shift);
         scratch.largest[r] = largest;
-        scratch.sum[r] =
-            scratch.sum[r] * _mm512_cvtss_f32(shrink) + _mm512_reduce_add_ps(sum);
+        scratch.sum[r] = scratch.sum[r] * first_of(shrink) + sum_of(sum);
         float* o = scratch.o + r * padded_dim_;
-        for (int64_t d = 0; d < padded_dim_; d += 16) {
-            _mm512_storeu_ps(o + d, _mm512_mul_ps(_mm512_loadu_ps(o + d), shrink));
-        }
+        for (int64_t d = 0; d < padded_dim_; d += kLanes) store(o + d, load(o + d) * shrink);
     }
 
     template <bool kFetch>
@@ -254,9 +251,9 @@ class Attender {
         for (int64_t r = 0; r < tile.num_rows; r += kRowBlock) {
             const float* weights = scratch.scores + r * score_stride_;
             with_rows(tile.num_rows - r, [&](auto rows) {
-                for (int64_t d = 0; d < padded_dim_; d += 32) {
+                for (int64_t d = 0; d < padded_dim_; d += 2 * kLanes) {
                     float* o = scratch.o + r * padded_dim_ + d;
-                    if (d + 16 < padded_dim_) {
+                    if (d + kLanes < padded_dim_) {
                         mix_block<T, rows, 2, kFetch>(weights, score_stride_, chunk, next, d,
                                                       slots_, padded_dim_, o);
                     } else {
@@ -272,10 +269,9 @@ class Attender {
         for_rows(tile, [&](int64_t r, int64_t row, int64_t head) {
             float* out = out_ + (row * pool_.num_heads + head) * dim_;
             const float* o = scratch.o + r * padded_dim_;
-            const __m512 inverse = _mm512_set1_ps(1.0f / scratch.sum[r]);
-            for (int64_t d = 0; d < dim_; d += 16) {
-                _mm512_mask_storeu_ps(out + d, first_lanes(dim_ - d),
-                                      _mm512_mul_ps(_mm512_loadu_ps(o + d), inverse));
+            const Floats inverse = all(1.0f / scratch.sum[r]);
+            for (int64_t d = 0; d < dim_; d += kLanes) {
+                store_some(out + d, load(o + d) * inverse, dim_ - d);
             }
         });
     }

@@ -52,12 +52,12 @@ class Writer {
             const float* v = in_.v + (row + t) * in_.v_stride + kv_head * dim;
             prepare_head(k, in_.k_norm, in_.eps, pass_.angles(row + t, dim), dim, 1.0f, head);
             if constexpr (std::is_same_v<T, int8_t>) {
-                cells_.key_scales(block, kv_head)[slot + t] = store(rounded[t], head, dim);
+                cells_.key_scales(block, kv_head)[slot + t] = store_head(rounded[t], head, dim);
                 cells_.value_scales(block, kv_head)[slot + t] =
-                    store(values + t * pool_.padded_dim(), v, dim);
+                    store_head(values + t * pool_.padded_dim(), v, dim);
             } else {
-                store(rounded[t], head, dim);
-                store(values + t * pool_.padded_dim(), v, dim);
+                store_head(rounded[t], head, dim);
+                store_head(values + t * pool_.padded_dim(), v, dim);
             }
         }
         T* keys = cells_.keys(block, kv_head) + slot;

@@ -1,4 +1,4 @@
-// What all kernels share: how they are exported, how work is shared between threads, small vectors.
+// What all kernels share: how they are exported, and how work is shared between threads.
 //
 // A kernel is an `extern "C"` function that takes addresses, sizes in elements and, last, the number
 // of threads. It allocates nothing that outlives the call and keeps no state.
@@ -77,12 +77,6 @@ void parallel_ranges(int64_t num_tasks, int num_threads, const Body& body) {
             for (int64_t task; (task = take(owner, i == 0)) < num_tasks;) body(task);
         }
     }
-}
-
-// The first `count` of 16 lanes; count >= 16 is all of them.
-inline __mmask16 first_lanes(int64_t count) {
-    return count >= 16 ? static_cast<__mmask16>(0xFFFF)
-                       : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1);
 }
 
 }  // namespace rs

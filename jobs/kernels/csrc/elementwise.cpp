@@ -8,7 +8,6 @@
 #include <cstring>
 
 #include "quantize.h"
-#include "vector.h"
 
 namespace rs {
 namespace {
@@ -25,23 +24,24 @@ void for_rows(int64_t rows, int threads, const Body& body) {
     });
 }
 
-inline __m512 load_part(const float* x, int64_t i, int64_t width) {
-    return _mm512_maskz_loadu_ps(first_lanes(width - i), x + i);
-}
-
 inline float inverse_rms(const float* x, int64_t width, float eps) {
-    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
-                      _mm512_setzero_ps()};
-    for (int64_t i = 0; i < width; i += 64) {
+    Floats sums[4] = {zeros(), zeros(), zeros(), zeros()};
+    for (int64_t i = 0; i < width; i += 4 * kLanes) {
 #pragma GCC unroll 4
-        for (int64_t lane = 0; lane < 4; ++lane) {
-            const __m512 part = load_part(x, i + 16 * lane, width);
-            sums[lane] = _mm512_fmadd_ps(part, part, sums[lane]);
+        for (int64_t chain = 0; chain < 4; ++chain) {
+            const int64_t first = i + chain * kLanes;
+            const Floats part = load_some(x + first, width - first);
+            sums[chain] = multiply_add(part, part, sums[chain]);
         }
     }
-    const __m512 sum =
-        _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
-    return 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / static_cast<float>(width) + eps);
+    const Floats sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return 1.0f / std::sqrt(sum_of(sum) / static_cast<float>(width) + eps);
+}
+
+// Vector i of a row, normalised.
+inline Floats normal_part(const float* x, const float* weight, int64_t i, int64_t width,
+                          Floats inverse) {
+    return load_some(weight + i, width - i) * (load_some(x + i, width - i) * inverse);
 }
 
 // Where the int8 form of rows goes.
@@ -72,11 +72,8 @@ RS_EXPORT void rs_embed(const void* embedding, int32_t is_half, const int64_t* t
             return;
         }
         const auto* in = static_cast<const rs::Bfloat16*>(embedding) + tokens[row] * width;
-        int64_t i = 0;
-        for (; i + 16 <= width; i += 16) _mm512_storeu_ps(out + i, rs::load16(in + i));
-        for (; i < width; ++i) {
-            const uint32_t bits = static_cast<uint32_t>(in[i]) << 16;
-            std::memcpy(out + i, &bits, sizeof(bits));
+        for (int64_t i = 0; i < width; i += rs::kLanes) {
+            rs::store_some(out + i, rs::load_some(in + i, width - i), width - i);
         }
     });
 }
@@ -86,11 +83,10 @@ RS_EXPORT void rs_rms_norm(const float* x, const float* weight, float* y, int64_
                            int64_t width, int64_t x_stride, float eps, int32_t threads) {
     rs::for_rows(rows, threads, [=](int64_t row) {
         const float* in = x + row * x_stride;
-        const __m512 inverse = _mm512_set1_ps(rs::inverse_rms(in, width, eps));
-        for (int64_t i = 0; i < width; i += 16) {
-            const __m512 normal = _mm512_mul_ps(rs::load_part(in, i, width), inverse);
-            const __m512 out = _mm512_mul_ps(rs::load_part(weight, i, width), normal);
-            _mm512_mask_storeu_ps(y + row * width + i, rs::first_lanes(width - i), out);
+        const rs::Floats inverse = rs::all(rs::inverse_rms(in, width, eps));
+        for (int64_t i = 0; i < width; i += rs::kLanes) {
+            const rs::Floats part = rs::normal_part(in, weight, i, width, inverse);
+            rs::store_some(y + row * width + i, part, width - i);
         }
     });
 }
@@ -101,10 +97,9 @@ RS_EXPORT void rs_rms_norm_quantize(const float* x, const float* weight, int8_t*
     const rs::Quantized quantized{values, scales, sums};
     rs::for_rows(rows, threads, [=](int64_t row) {
         const float* in = x + row * x_stride;
-        const __m512 inverse = _mm512_set1_ps(rs::inverse_rms(in, width, eps));
+        const rs::Floats inverse = rs::all(rs::inverse_rms(in, width, eps));
         quantized.put(row, width, [=](int64_t i) {
-            const __m512 normal = _mm512_mul_ps(rs::load_part(in, i, width), inverse);
-            return _mm512_mul_ps(rs::load_part(weight, i, width), normal);
+            return rs::normal_part(in, weight, i, width, inverse);
         });
     });
 }
@@ -115,11 +110,10 @@ RS_EXPORT void rs_silu_mul(const float* x, float* y, int64_t rows, int64_t width
                            int64_t y_stride, int32_t threads) {
     rs::for_rows(rows, threads, [=](int64_t row) {
         const float* in = x + row * x_stride;
-        for (int64_t i = 0; i < width; i += 16) {
-            const __m512 gate = rs::load_part(in, i, width);
-            const __m512 up = rs::load_part(in + width, i, width);
-            _mm512_mask_storeu_ps(y + row * y_stride + i, rs::first_lanes(width - i),
-                                  rs::gated(gate, up));
+        for (int64_t i = 0; i < width; i += rs::kLanes) {
+            const rs::Floats gate = rs::load_some(in + i, width - i);
+            const rs::Floats up = rs::load_some(in + width + i, width - i);
+            rs::store_some(y + row * y_stride + i, rs::gated(gate, up), width - i);
         }
     });
 }

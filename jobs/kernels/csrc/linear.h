@@ -1,6 +1,6 @@
 // What the products of linear layers share: y[n, o] = sum_i x[n, i] * w[o, i], then bias, then y.
 //
-// Outputs are computed in blocks of 32, two vectors of 16 lanes, one lane an output. A block's
+// Outputs are computed in blocks of two vectors, one lane an output. A block's
 // weights lie in memory in the order in which they are read, inputs outermost, so that one row
 // streams them from memory once, at its full rate. Outputs are padded to whole blocks with weights
 // of zero.
@@ -21,12 +21,12 @@
 
 namespace rs {
 
-constexpr int64_t kLanes = 16;
 constexpr int kVectors = 2;  // vectors of a block
 constexpr int64_t kBlockOutputs = kLanes * kVectors;
-constexpr int64_t kLine = 64;           // bytes of a cache line
-constexpr int64_t kStep = 2 * kLine;    // bytes of a block's weights that one step reads
-constexpr int64_t kReach = 8192;        // how far ahead of a single pass weights are asked for
+constexpr int64_t kLine = 64;                        // bytes of a cache line
+constexpr int64_t kStep = kVectors * kVectorBytes;   // bytes of weights that one step reads
+constexpr int64_t kStepLines = kStep / kLine;
+constexpr int64_t kReach = 8192;  // how far ahead of a single pass weights are asked for
 
 // Where results go: row n of y begins at y + n * stride.
 struct Output {
@@ -49,19 +49,18 @@ struct Output {
     template <int R, class Value>
     void store(int64_t row, int64_t block, const Value& value) const {
         if (bias || (block + 1) * kBlockOutputs > outputs) {
-            RS_UNROLL for (int v = 0; v < kVectors; ++v) {
-                RS_UNROLL for (int r = 0; r < R; ++r) store_part(row + r, block, v, value(r, v));
+            Floats values[R][kVectors];
+            RS_UNROLL for (int r = 0; r < R; ++r) {
+                RS_UNROLL for (int v = 0; v < kVectors; ++v) values[r][v] = value(r, v);
             }
+            store_parts(row, R, block, values);
         } else if (mode == Mode::kAdd) {
-            write<R>(row, block, value, [](const float* old, __m512 y) {
-                return _mm512_add_ps(_mm512_loadu_ps(old), y);
-            });
+            write<R>(row, block, value, [](const float* old, Floats y) { return load(old) + y; });
         } else if (is_gated(block)) {
-            write<R>(row, block, value, [](const float* old, __m512 y) {
-                return gated(_mm512_loadu_ps(old), y);
-            });
+            write<R>(row, block, value,
+                     [](const float* old, Floats y) { return gated(load(old), y); });
         } else {
-            write<R>(row, block, value, [](const float*, __m512 y) { return y; });
+            write<R>(row, block, value, [](const float*, Floats y) { return y; });
         }
     }
 
@@ -73,23 +72,29 @@ struct Output {
         RS_UNROLL for (int r = 0; r < R; ++r, lane += stride) {
             RS_UNROLL for (int v = 0; v < kVectors; ++v) {
                 float* at = lane + v * kLanes;
-                _mm512_storeu_ps(at, combine(at, value(r, v)));
+                rs::store(at, combine(at, value(r, v)));
             }
         }
     }
 
-    void store_part(int64_t row, int64_t block, int vector, __m512 value) const {
-        const int64_t first = block * kBlockOutputs + vector * kLanes;
-        const __mmask16 mask = first_lanes(outputs - first);
-        if (!mask) return;
-        float* lane = target(row, block) + vector * kLanes;
-        if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, bias + first));
-        if (mode == Mode::kAdd) {
-            value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, lane), value);
-        } else if (is_gated(block)) {
-            value = gated(_mm512_maskz_loadu_ps(mask, lane), value);
+    // Any other case; apart, so that tiles stay small.
+    __attribute__((noinline)) void store_parts(int64_t row, int rows, int64_t block,
+                                               const Floats (*values)[kVectors]) const {
+        for (int v = 0; v < kVectors; ++v) {
+            const int64_t first = block * kBlockOutputs + v * kLanes, count = outputs - first;
+            if (count <= 0) return;
+            float* lane = target(row, block) + v * kLanes;
+            for (int r = 0; r < rows; ++r, lane += stride) {
+                Floats value = values[r][v];
+                if (bias) value = value + load_some(bias + first, count);
+                if (mode == Mode::kAdd) {
+                    value = load_some(lane, count) + value;
+                } else if (is_gated(block)) {
+                    value = gated(load_some(lane, count), value);
+                }
+                store_some(lane, value, count);
+            }
         }
-        _mm512_mask_storeu_ps(lane, mask, value);
     }
 };
 
@@ -104,7 +109,7 @@ struct Prefetch {
 
     void step() {
         _mm_prefetch(at, _MM_HINT_T1);
-        _mm_prefetch(at + second, _MM_HINT_T1);
+        if constexpr (kStepLines > 1) _mm_prefetch(at + second, _MM_HINT_T1);
         at += advance;
     }
 };
@@ -114,9 +119,9 @@ struct NoPrefetch {
     void step() {}
 };
 
-// Two passes over a block fetch the next one, a line a step each, which is as fast as memory
+// The first passes over a block fetch the next one, a line a step each, which is as fast as memory
 // answers; a single pass fetches what it will read itself.
-constexpr int64_t kFetchingPasses = 2;
+constexpr int64_t kFetchingPasses = kStepLines;
 
 // The part of the next block that one of `passes` over this block fetches.
 inline Prefetch prefetch_for(const uint8_t* weights, int64_t block_bytes, int64_t pass,
@@ -169,16 +174,16 @@ void run_linear(const Kernel& kernel, int64_t rows, int64_t outputs, int threads
 
 // bfloat16 values in pairs: lane n holds value n of one vector in its low half, of another in its
 // high half. Widening is exact.
-inline __m512 widen_low(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
-inline __m512 widen_high(__m512i pairs) {
-    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF0000)));
+inline Floats widen_low(Ints pairs) { return as_floats(shift_left<16>(pairs)); }
+inline Floats widen_high(Ints pairs) {
+    return as_floats(bits_of(pairs, all(static_cast<int32_t>(0xFFFF0000))));
 }
 
 // The same 4 bytes in every lane.
-inline __m512i broadcast4(const int8_t* bytes) {
+inline Ints broadcast4(const int8_t* bytes) {
     int32_t value;
     __builtin_memcpy(&value, bytes, sizeof value);
-    return _mm512_set1_epi32(value);
+    return all(value);
 }
 
 // Reads R rows that lie `stride` bytes apart, 4 bytes of each at a time. One pointer serves three
@@ -195,14 +200,15 @@ class RowReader {
     }
 
     // 4 bytes of row r in every lane: the next ones, or those `ahead` of them.
-    __m512i broadcast(int r, int64_t ahead = 0) const {
+    Ints broadcast(int r, int64_t ahead = 0) const {
         return broadcast4(at_[r / kShared] + r % kShared * stride_ + ahead);
     }
 
     void advance(int64_t bytes = 4) {
         RS_UNROLL for (int i = 0; i < kPointers; ++i) {
-            at_[i] += bytes;
-            if constexpr (kPointers > 1) asm("" : "+r"(at_[i]));
+            const int8_t* next = at_[i] + bytes;
+            if constexpr (kPointers > 1) asm("" : "+r"(next));
+            at_[i] = next;
         }
     }
 

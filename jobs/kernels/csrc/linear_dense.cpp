@@ -2,14 +2,14 @@
 //
 // Weights are widened, which is exact, and multiplied in float32, so results differ from a float32
 // layer's by the order of summation alone. vdpbf16ps would round the rows to 8 bits of mantissa.
-// Packed weights: bfloat16 [blocks, I / 2, 32, 2], I padded to even.
+// Packed weights: bfloat16 [blocks, I / 2, block's outputs, 2], I padded to even.
 #include "linear.h"
 
 namespace rs {
 namespace {
 
 struct Dense {
-    static constexpr int kMaxRows = 12;
+    static constexpr int kMaxRows = kRegisters * 3 / 8;
 
     const float* x;
     int64_t x_stride;
@@ -22,36 +22,36 @@ struct Dense {
 
     template <int R, class Fetch>
     void tile(int64_t row, int64_t block, Fetch fetch) const {
-        __m512 sums[R][kVectors];
+        Floats sums[R][kVectors];
         RS_UNROLL for (int r = 0; r < R; ++r) {
-            sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+            sums[r][0] = sums[r][1] = zeros();
         }
         const uint8_t* at = weights(block);
         RowReader<R> rows(x + row * x_stride, x_stride * sizeof(float));
         const auto input = [&](int r, int64_t ahead) {
-            return _mm512_castsi512_ps(rows.broadcast(r, ahead * sizeof(float)));
+            return as_floats(rows.broadcast(r, ahead * sizeof(float)));
         };
         for (int64_t i = 0; i + 1 < inputs; i += 2, at += kStep, rows.advance(2 * sizeof(float))) {
             fetch.step();
-            __m512 first[kVectors], second[kVectors];
+            Floats first[kVectors], second[kVectors];
             RS_UNROLL for (int v = 0; v < kVectors; ++v) {
-                const __m512i pairs = _mm512_load_si512(at + v * kLine);
+                const Ints pairs = load_bits(at + v * kVectorBytes);
                 first[v] = widen_low(pairs), second[v] = widen_high(pairs);
             }
             RS_UNROLL for (int r = 0; r < R; ++r) {
-                const __m512 one = input(r, 0);
-                sums[r][0] = _mm512_fmadd_ps(first[0], one, sums[r][0]);
-                sums[r][1] = _mm512_fmadd_ps(first[1], one, sums[r][1]);
-                const __m512 two = input(r, 1);
-                sums[r][0] = _mm512_fmadd_ps(second[0], two, sums[r][0]);
-                sums[r][1] = _mm512_fmadd_ps(second[1], two, sums[r][1]);
+                const Floats one = input(r, 0);
+                sums[r][0] = multiply_add(first[0], one, sums[r][0]);
+                sums[r][1] = multiply_add(first[1], one, sums[r][1]);
+                const Floats two = input(r, 1);
+                sums[r][0] = multiply_add(second[0], two, sums[r][0]);
+                sums[r][1] = multiply_add(second[1], two, sums[r][1]);
             }
         }
         if (inputs % 2) {  // the last has no partner
             RS_UNROLL for (int v = 0; v < kVectors; ++v) {
-                const __m512 last = widen_low(_mm512_load_si512(at + v * kLine));
+                const Floats last = widen_low(load_bits(at + v * kVectorBytes));
                 RS_UNROLL for (int r = 0; r < R; ++r) {
-                    sums[r][v] = _mm512_fmadd_ps(last, input(r, 0), sums[r][v]);
+                    sums[r][v] = multiply_add(last, input(r, 0), sums[r][v]);
                 }
             }
         }

@@ -8,8 +8,8 @@ namespace rs {
 namespace {
 
 struct W4A16 {
-    // Two sums for each of two vectors a row: 24 registers.
-    static constexpr int kMaxRows = 6;
+    // Two sums for each of two vectors a row: three quarters of the registers.
+    static constexpr int kMaxRows = kRegisters * 3 / 16;
     static constexpr int kChains = 2;
 
     const float* x;
@@ -22,53 +22,47 @@ struct W4A16 {
 
     template <int R, class Fetch>
     void tile(int64_t row, int64_t block, Fetch fetch) const {
-        // What the four low bits of a lane stand for; vpermps ignores the others.
-        const __m512 values =
-            _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-        __m512 totals[R][kVectors];
+        Floats totals[R][kVectors];
         RS_UNROLL for (int r = 0; r < R; ++r) {
-            totals[r][0] = totals[r][1] = _mm512_setzero_ps();
+            totals[r][0] = totals[r][1] = zeros();
         }
         const uint8_t* at = weights(block);
         const float* inputs = x + row * x_stride;
         for (int64_t g = 0; g < w.groups(); ++g) {
-            const __m512i scales = _mm512_load_si512(at);
-            at += kLine;
+            const Ints scales = load_bits(at);
+            at += kVectorBytes;
             // Inputs 0-3 and 4-7 of a step are summed apart: a single chain of sums per output
             // would be slower than memory at one row.
-            __m512 sums[R][kVectors][kChains];
+            Floats sums[R][kVectors][kChains];
             RS_UNROLL for (int r = 0; r < R; ++r) {
                 RS_UNROLL for (int v = 0; v < kVectors; ++v) {
-                    sums[r][v][0] = sums[r][v][1] = _mm512_setzero_ps();
+                    sums[r][v][0] = sums[r][v][1] = zeros();
                 }
             }
             const float* end = inputs + w.group;
             for (; inputs < end; inputs += kStepInputs, at += kStep) {
                 fetch.step();
-                const __m512i bytes[kVectors] = {_mm512_load_si512(at),
-                                                 _mm512_load_si512(at + kLine)};
+                const Ints bytes[kVectors] = {load_bits(at), load_bits(at + kVectorBytes)};
                 RS_UNROLL for (int i = 0; i < kStepInputs; ++i) {
                     const int chain = i % kChains;
-                    __m512 weight[kVectors];
+                    Floats weight[kVectors];
                     RS_UNROLL for (int v = 0; v < kVectors; ++v) {
-                        const __m512i nibbles = _mm512_srli_epi32(bytes[v], 4 * i);
-                        weight[v] = _mm512_permutexvar_ps(nibbles, values);
+                        weight[v] = int4_weights(bytes[v], i);
                     }
                     RS_UNROLL for (int r = 0; r < R; ++r) {
-                        const __m512 input =
-                            _mm512_set1_ps(inputs[r * x_stride + i / kChains + 4 * chain]);
+                        const Floats input = all(inputs[r * x_stride + i / kChains + 4 * chain]);
                         RS_UNROLL for (int v = 0; v < kVectors; ++v) {
                             sums[r][v][chain] =
-                                _mm512_fmadd_ps(weight[v], input, sums[r][v][chain]);
+                                multiply_add(weight[v], input, sums[r][v][chain]);
                         }
                     }
                 }
             }
-            const __m512 scale[kVectors] = {widen_low(scales), widen_high(scales)};
+            const Floats scale[kVectors] = {widen_low(scales), widen_high(scales)};
             RS_UNROLL for (int r = 0; r < R; ++r) {
                 RS_UNROLL for (int v = 0; v < kVectors; ++v) {
-                    const __m512 sum = _mm512_add_ps(sums[r][v][0], sums[r][v][1]);
-                    totals[r][v] = _mm512_fmadd_ps(sum, scale[v], totals[r][v]);
+                    const Floats sum = sums[r][v][0] + sums[r][v][1];
+                    totals[r][v] = multiply_add(sum, scale[v], totals[r][v]);
                 }
             }
         }

@@ -14,7 +14,11 @@ namespace {
 constexpr int64_t kAmxRows = 4;
 
 struct W4A8 {
+#ifdef RS_VNNI
     static constexpr int kMaxRows = 11;  // Of a twelfth the sums do not fit beside what is unpacked.
+#else
+    static constexpr int kMaxRows = 6;
+#endif
 
     QuantizedRows x;
     Int4Weights w;
@@ -26,51 +30,89 @@ struct W4A8 {
 
     template <int R, class Fetch>
     void tile(int64_t row, int64_t block, Fetch fetch) const {
-        const __m512i nibble = _mm512_set1_epi8(15);
-        __m512 totals[R][kVectors];
-        RS_UNROLL for (int r = 0; r < R; ++r) {
-            totals[r][0] = totals[r][1] = _mm512_setzero_ps();
-        }
+        Floats totals[R][kVectors];
+        RS_UNROLL for (int r = 0; r < R; ++r) totals[r][0] = totals[r][1] = zeros();
         const uint8_t* at = weights(block);
         RowReader<R> inputs(x.row(row), x.stride);
         const int64_t groups = w.groups();
         for (int64_t g = 0; g < groups; ++g) {
-            const __m512i scales = _mm512_load_si512(at);
-            at += kLine;
-            __m512i sums[R][kVectors];
+            const Ints scales = load_bits(at);
+            at += kVectorBytes;
+            Ints sums[R][kVectors];
             RS_UNROLL for (int r = 0; r < R; ++r) {
-                sums[r][0] = sums[r][1] = _mm512_set1_epi32(offsets[(row + r) * groups + g]);
+                sums[r][0] = sums[r][1] = all(offsets[(row + r) * groups + g]);
             }
             const uint8_t* end = at + w.group / kStepInputs * kStep;
-            for (; at < end; at += kStep, inputs.advance(kStepInputs)) {
-                fetch.step();
-                __m512i low[kVectors], high[kVectors];
-                RS_UNROLL for (int v = 0; v < kVectors; ++v) {
-                    const __m512i bytes = _mm512_load_si512(at + v * kLine);
-                    low[v] = _mm512_and_si512(bytes, nibble);
-                    high[v] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
-                }
-                RS_UNROLL for (int r = 0; r < R; ++r) {
-                    const __m512i first = inputs.broadcast(r);
-                    sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], low[0], first);
-                    sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], low[1], first);
-                    const __m512i second = inputs.broadcast(r, 4);
-                    sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], high[0], second);
-                    sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], high[1], second);
-                }
-            }
-            const __m512 scale[kVectors] = {widen_low(scales), widen_high(scales)};
+            while (at < end) multiply<R>(at, inputs, fetch, sums);
+            const Floats scale[kVectors] = {widen_low(scales), widen_high(scales)};
             RS_UNROLL for (int r = 0; r < R; ++r) {
                 RS_UNROLL for (int v = 0; v < kVectors; ++v) {
-                    totals[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), scale[v],
-                                                   totals[r][v]);
+                    totals[r][v] = multiply_add(to_floats(sums[r][v]), scale[v], totals[r][v]);
                 }
             }
         }
         out.store<R>(row, block, [&](int r, int v) {
-            return _mm512_mul_ps(totals[r][v], _mm512_set1_ps(x.scales[row + r]));
+            return totals[r][v] * all(x.scales[row + r]);
         });
     }
+
+#ifdef RS_VNNI
+    // Add a step.
+    template <int R, class Fetch>
+    static void multiply(const uint8_t*& at, RowReader<R>& inputs, Fetch& fetch,
+                         Ints (&sums)[R][kVectors]) {
+        fetch.step();
+        const Ints nibble = _mm512_set1_epi8(15);
+        Ints low[kVectors], high[kVectors];
+        RS_UNROLL for (int v = 0; v < kVectors; ++v) {
+            const Ints bytes = load_bits(at + v * kVectorBytes);
+            low[v] = bits_of(bytes, nibble);
+            high[v] = bits_of(_mm512_srli_epi16(bytes, 4), nibble);
+        }
+        RS_UNROLL for (int r = 0; r < R; ++r) {
+            const Ints first = inputs.broadcast(r);
+            sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], low[0], first);
+            sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], low[1], first);
+            const Ints second = inputs.broadcast(r, 4);
+            sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], high[0], second);
+            sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], high[1], second);
+        }
+        at += kStep;
+        inputs.advance(kStepInputs);
+    }
+#else
+    // Add the steps of 32 inputs: so many products of 15 by 127 can be summed up in 16 bits.
+    template <int R, class Fetch>
+    static void multiply(const uint8_t*& at, RowReader<R>& inputs, Fetch& fetch,
+                         Ints (&sums)[R][kVectors]) {
+        const Ints nibble = _mm256_set1_epi8(15);
+        Ints halves[R][kVectors];
+        RS_UNROLL for (int r = 0; r < R; ++r) halves[r][0] = halves[r][1] = all(int32_t{0});
+        const uint8_t* end = at + kSumBlock / kStepInputs * kStep;
+        for (; at < end; at += kStep, inputs.advance(kStepInputs)) {
+            fetch.step();
+            RS_UNROLL for (int part = 0; part < 2; ++part) {
+                Ints weights[kVectors];
+                RS_UNROLL for (int v = 0; v < kVectors; ++v) {
+                    const Ints bytes = load_bits(at + v * kVectorBytes);
+                    weights[v] = bits_of(part ? _mm256_srli_epi16(bytes, 4) : bytes, nibble);
+                }
+                RS_UNROLL for (int r = 0; r < R; ++r) {
+                    const Ints values = inputs.broadcast(r, 4 * part);
+                    RS_UNROLL for (int v = 0; v < kVectors; ++v) {
+                        const Ints products = multiply_bytes(weights[v], values);
+                        halves[r][v] = in_order(add_halves(halves[r][v], products));
+                    }
+                }
+            }
+        }
+        RS_UNROLL for (int r = 0; r < R; ++r) {
+            RS_UNROLL for (int v = 0; v < kVectors; ++v) {
+                sums[r][v] = add(sums[r][v], sum_pairs(halves[r][v]));
+            }
+        }
+    }
+#endif
 
 #ifdef RS_AMX
     int64_t step_inputs() const { return w.group % kTileInputs ? kSumBlock : kTileInputs; }

@@ -1,7 +1,9 @@
 // W8A8: int8 weights with a scale per output, rows quantized to int8.
 //
-// Packed weights: uint8 [blocks, I / 4, 32, 4], each w + 128; I padded to the rows' stride. The sums
-// are exact integers: 255 * 127 * I stays below 2^31 up to I = 66,000.
+// Sums are exact integers. With VNNI, packed weights are uint8 [blocks, I / 4, outputs, 4], each w +
+// 128; 255 * 127 * I stays below 2^31 up to I = 66,000. Without, they are int8 [blocks, I / 2,
+// outputs, 2] and widened to 16 bits, as are the rows: sums of products of bytes, which AVX2 has,
+// leave 16 bits. I is padded to the rows' stride.
 #include <numeric>
 #include <vector>
 
@@ -15,25 +17,28 @@ constexpr int64_t kAmxRows = 3;
 
 // The scales of a block's outputs.
 struct OutputScales {
-    __m512 vectors[kVectors];
+    Floats vectors[kVectors];
 
     OutputScales(const float* scales, int64_t block)
-        : vectors{_mm512_load_ps(scales + block * kBlockOutputs),
-                  _mm512_load_ps(scales + block * kBlockOutputs + kLanes)} {}
+        : vectors{load(scales + block * kBlockOutputs),
+                  load(scales + block * kBlockOutputs + kLanes)} {}
 
-    __m512 of(__m512i sums, float row_scale, int v) const {
-        const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(row_scale));
-        return _mm512_mul_ps(y, vectors[v]);
+    Floats of(Ints sums, float row_scale, int v) const {
+        return to_floats(sums) * all(row_scale) * vectors[v];
     }
 };
 
 struct W8A8 {
-    static constexpr int kMaxRows = 12;
+    static constexpr int kMaxRows = kRegisters * 3 / 8;
 
     QuantizedRows x;
     const uint8_t* packed;
     const float* scales;
+#ifdef RS_VNNI
     const int32_t* offsets;  // of each row: what the weights' offset of 128 adds, negated
+#else
+    const int16_t* wide;  // the values of x
+#endif
     Output out;
     int64_t block_bytes;
 
@@ -41,26 +46,48 @@ struct W8A8 {
 
     template <int R, class Fetch>
     void tile(int64_t row, int64_t block, Fetch fetch) const {
-        __m512i sums[R][kVectors];
-        RS_UNROLL for (int r = 0; r < R; ++r) {
-            sums[r][0] = sums[r][1] = _mm512_set1_epi32(offsets[row + r]);
-        }
-        const uint8_t* w = weights(block);
-        RowReader<R> inputs(x.row(row), x.stride);
-        for (const uint8_t* end = w + block_bytes; w < end; w += kStep, inputs.advance()) {
-            fetch.step();
-            const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + kLine);
-            RS_UNROLL for (int r = 0; r < R; ++r) {
-                const __m512i values = inputs.broadcast(r);
-                sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], w0, values);
-                sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], w1, values);
-            }
-        }
+        Ints sums[R][kVectors];
+        multiply<R>(row, weights(block), fetch, sums);
         const OutputScales scale(scales, block);
         out.store<R>(row, block, [&](int r, int v) {
             return scale.of(sums[r][v], x.scales[row + r], v);
         });
     }
+
+#ifdef RS_VNNI
+    template <int R, class Fetch>
+    void multiply(int64_t row, const uint8_t* w, Fetch fetch, Ints (&sums)[R][kVectors]) const {
+        RS_UNROLL for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = all(offsets[row + r]);
+        RowReader<R> inputs(x.row(row), x.stride);
+        for (const uint8_t* end = w + block_bytes; w < end; w += kStep, inputs.advance()) {
+            fetch.step();
+            const Ints w0 = load_bits(w), w1 = load_bits(w + kVectorBytes);
+            RS_UNROLL for (int r = 0; r < R; ++r) {
+                const Ints values = inputs.broadcast(r);
+                sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], w0, values);
+                sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], w1, values);
+            }
+        }
+    }
+#else
+    template <int R, class Fetch>
+    void multiply(int64_t row, const uint8_t* w, Fetch fetch, Ints (&sums)[R][kVectors]) const {
+        RS_UNROLL for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = all(int32_t{0});
+        RowReader<R> inputs(wide + row * x.stride, x.stride * sizeof(int16_t));
+        for (const uint8_t* end = w + block_bytes; w < end; w += kStep, inputs.advance(8)) {
+            fetch.step();
+            RS_UNROLL for (int pair = 0; pair < 2; ++pair) {
+                const uint8_t* at = w + pair * kVectorBytes;
+                const Ints w0 = widen_bytes(at), w1 = widen_bytes(at + kVectorBytes / 2);
+                RS_UNROLL for (int r = 0; r < R; ++r) {
+                    const Ints values = inputs.broadcast(r, 4 * pair);
+                    sums[r][0] = in_order(add(sums[r][0], multiply_pairs(w0, values)));
+                    sums[r][1] = in_order(add(sums[r][1], multiply_pairs(w1, values)));
+                }
+            }
+        }
+    }
+#endif
 
 #ifdef RS_AMX
     int64_t step_inputs() const { return kTileInputs; }
@@ -97,15 +124,19 @@ RS_EXPORT void rs_linear_w8a8(const int8_t* values, const float* row_scales, con
                               int64_t y_stride, rs::Mode mode, int32_t threads) {
     const int64_t stride = rs::padded_inputs(inputs);
     const rs::QuantizedRows x{values, row_scales, sums, rows, stride};
-    std::vector<int32_t> offsets(rows);
+#ifdef RS_VNNI
+    std::vector<int32_t> prepared(rows);
     for (int64_t n = 0; n < rows; ++n) {
         const int32_t* row_sums = x.row_sums(n);
-        offsets[n] = -128 * std::accumulate(row_sums, row_sums + stride / rs::kSumBlock, 0);
+        prepared[n] = -128 * std::accumulate(row_sums, row_sums + stride / rs::kSumBlock, 0);
     }
+#else
+    const std::vector<int16_t> prepared(values, values + rows * stride);
+#endif
     const rs::W8A8 kernel{x,
                           packed,
                           scales,
-                          offsets.data(),
+                          prepared.data(),
                           {y, y_stride, outputs, bias, mode},
                           stride * rs::kBlockOutputs};
 #ifdef RS_AMX
@@ -115,4 +146,15 @@ RS_EXPORT void rs_linear_w8a8(const int8_t* values, const float* row_scales, con
     }
 #endif
     rs::run_linear(kernel, rows, outputs, threads);
+}
+
+// Write how weights are packed: outputs of a block, int8 inputs of an output that lie together, and
+// what is added to int8 weights.
+RS_EXPORT void rs_weight_layout(int64_t* layout) {
+#ifdef RS_VNNI
+    constexpr int64_t kInputs = 4, kOffset = 128;
+#else
+    constexpr int64_t kInputs = 2, kOffset = 0;
+#endif
+    layout[0] = rs::kBlockOutputs, layout[1] = kInputs, layout[2] = kOffset;
 }

@@ -3,11 +3,13 @@
 // down [I][R], up [R][O] and everything else in float32; R is a multiple of 16. Along I a sum has
 // four parts, feature i in part i % 4, so that one row alone does not wait for every product; along
 // R there is one. Both orders are fixed, so a row's result does not depend on the other rows.
-#include "common.h"
+#include "vector.h"
 
+namespace rs {
 namespace {
 
-constexpr int64_t kLanes = 16, kParts = 4, kTileRows = 4, kTileVectors = 4;
+constexpr int64_t kParts = 4, kTileVectors = 4;
+constexpr int64_t kTileRows = kRegisters / 8;  // sums of a tile take half the registers
 constexpr int64_t kMaxRank = 512;
 // Below this many products a second thread starts later than one has finished.
 constexpr int64_t kMinParallelProducts = 1 << 18;
@@ -28,49 +30,47 @@ void project_down(const Problem& p, const int32_t* rows, float (*h)[kMaxRank]) {
     const float* x[ROWS];
     for (int n = 0; n < ROWS; ++n) x[n] = p.x + rows[n] * p.x_stride;
     for (int64_t r = 0; r < p.rank; r += kLanes) {
-        __m512 sums[ROWS][kParts];
+        Floats sums[ROWS][kParts];
         for (int n = 0; n < ROWS; ++n)
-            for (int k = 0; k < kParts; ++k) sums[n][k] = _mm512_setzero_ps();
+            for (int k = 0; k < kParts; ++k) sums[n][k] = zeros();
         const float* down = p.down + r;
         int64_t i = 0;
         for (; i + kParts <= p.in_features; i += kParts)
             for (int k = 0; k < kParts; ++k) {
-                const __m512 column = _mm512_loadu_ps(down + (i + k) * p.rank);
+                const Floats column = load(down + (i + k) * p.rank);
                 for (int n = 0; n < ROWS; ++n)
-                    sums[n][k] = _mm512_fmadd_ps(_mm512_set1_ps(x[n][i + k]), column, sums[n][k]);
+                    sums[n][k] = multiply_add(all(x[n][i + k]), column, sums[n][k]);
             }
         for (int k = 0; i + k < p.in_features; ++k) {
-            const __m512 column = _mm512_loadu_ps(down + (i + k) * p.rank);
+            const Floats column = load(down + (i + k) * p.rank);
             for (int n = 0; n < ROWS; ++n)
-                sums[n][k] = _mm512_fmadd_ps(_mm512_set1_ps(x[n][i + k]), column, sums[n][k]);
+                sums[n][k] = multiply_add(all(x[n][i + k]), column, sums[n][k]);
         }
         for (int n = 0; n < ROWS; ++n)
-            _mm512_storeu_ps(h[n] + r, _mm512_add_ps(_mm512_add_ps(sums[n][0], sums[n][1]),
-                                                     _mm512_add_ps(sums[n][2], sums[n][3])));
+            store(h[n] + r, (sums[n][0] + sums[n][1]) + (sums[n][2] + sums[n][3]));
     }
 }
 
 template <int ROWS>
 void project_up(const Problem& p, const int32_t* rows, const float (*h)[kMaxRank]) {
     for (int64_t o = 0; o < p.out_features; o += kTileVectors * kLanes) {
-        __m512 sums[ROWS][kTileVectors];
-        __mmask16 lanes[kTileVectors];
+        Floats sums[ROWS][kTileVectors];
+        int64_t left[kTileVectors];
         for (int v = 0; v < kTileVectors; ++v) {
-            lanes[v] = rs::first_lanes(p.out_features - o - v * kLanes);
-            for (int n = 0; n < ROWS; ++n) sums[n][v] = _mm512_setzero_ps();
+            left[v] = p.out_features - o - v * kLanes;
+            for (int n = 0; n < ROWS; ++n) sums[n][v] = zeros();
         }
         for (int64_t r = 0; r < p.rank; ++r)
             for (int v = 0; v < kTileVectors; ++v) {
                 const float* up = p.up + r * p.out_features + o + v * kLanes;
-                const __m512 column = _mm512_maskz_loadu_ps(lanes[v], up);
+                const Floats column = load_some(up, left[v]);
                 for (int n = 0; n < ROWS; ++n)
-                    sums[n][v] = _mm512_fmadd_ps(_mm512_set1_ps(h[n][r]), column, sums[n][v]);
+                    sums[n][v] = multiply_add(all(h[n][r]), column, sums[n][v]);
             }
         for (int n = 0; n < ROWS; ++n)
             for (int v = 0; v < kTileVectors; ++v) {
                 float* y = p.y + rows[n] * p.y_stride + o + v * kLanes;
-                const __m512 before = _mm512_maskz_loadu_ps(lanes[v], y);
-                _mm512_mask_storeu_ps(y, lanes[v], _mm512_add_ps(before, sums[n][v]));
+                store_some(y, load_some(y, left[v]) + sums[n][v], left[v]);
             }
     }
 }
@@ -83,16 +83,18 @@ void add_rows(const Problem& p, const int32_t* rows) {
 }
 
 }  // namespace
+}  // namespace rs
 
 // Rows `rows[0 .. num_rows)` of y [.., out_features] gain those of x [.., in_features], projected.
 RS_EXPORT void rs_add_low_rank(const float* x, int64_t x_stride, float* y, int64_t y_stride,
                                const int32_t* rows, int64_t num_rows, const float* down,
                                const float* up, int64_t in_features, int64_t rank,
                                int64_t out_features, int32_t num_threads) {
+    using namespace rs;
     const Problem p{x, x_stride, y, y_stride, rows, down, up, in_features, rank, out_features};
     const int64_t num_products = num_rows * rank * (in_features + out_features);
     const int threads = num_products < kMinParallelProducts ? 1 : num_threads;
-    rs::parallel_tasks(rs::ceil_div(num_rows, kTileRows), threads, [&](int64_t task) {
+    parallel_tasks(ceil_div(num_rows, kTileRows), threads, [&](int64_t task) {
         const int64_t first = task * kTileRows;
         if (first + kTileRows <= num_rows) {
             add_rows<kTileRows>(p, rows + first);

@@ -20,7 +20,7 @@ from cluster.storage import MIB, verify_directory
 from jobs.compression.packing import LoadedModel, load_model
 from jobs.config import DecoderConfig
 from jobs.data.tokenizer import check_fits, load_tokenizer
-from jobs.kernels import native
+from jobs.kernels import blocks, native
 from jobs.kernels.block_cache import BlockCache
 from jobs.kernels.linear import resident_bytes
 from jobs.models import _hf
@@ -197,12 +197,14 @@ def _runnable(model: Decoder) -> Model:
 def _log(info: EngineInfo) -> None:
     layers = Counter((info.schemes.get(name, "?"), op) for name, op in info.operators.items())
     operators = ", ".join(f"{n} x {scheme} on {op}" for (scheme, op), n in layers.most_common())
+    kernels = native.instruction_set() if blocks.NAME in info.operators.values() else "none"
+    if kernels != "none" and native.has_amx():
+        kernels += " and AMX"
     _logger.info(
-        "native engine: weights %.1f MiB, cache %.1f MiB; decoding: %s; layers: %s",
+        "native engine: weights %.1f MiB, cache %.1f MiB; decoding: %s; layers: %s; C++ kernels: %s",
         info.weight_bytes / MIB,
         info.cache_bytes / MIB,
         info.decoding,
         operators or "as they are",
+        kernels,
     )
-    if "vnni" in info.operators.values() and native.has_amx():
-        _logger.info("native engine: products of int8 rows run on AMX")
