@@ -1,6 +1,9 @@
 """The C++ kernels' build: found again, made anew when something changed, refused with a reason."""
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,59 @@ def test_main_when_there_is_no_compiler_says_so_and_does_not_fail(
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build.main([]) == 0
     assert "PyTorch's operators will be used" in capsys.readouterr().err
+
+
+AVX512 = "avx2 fma avx512f avx512bw avx512dq avx512vl avx512_vnni"
+
+
+@pytest.mark.parametrize(
+    ("flags", "wished", "chosen"),
+    [
+        (AVX512, "", "avx512"),
+        (AVX512, "avx2", "avx2"),
+        ("avx2 fma", "", "avx2"),
+        ("avx2 fma avx512f avx512bw", "", "avx2"),
+        ("avx2 fma", "avx512", None),
+        ("sse4_2 avx", "", None),
+    ],
+)
+def test_instruction_set_when_cpus_differ_is_the_best_or_as_wished(
+    monkeypatch: pytest.MonkeyPatch, flags: str, wished: str, chosen: str | None
+) -> None:
+    monkeypatch.setattr(build, "_cpu_fields", lambda: {"flags": flags})
+    monkeypatch.setenv("RAYSMITH_KERNELS", wished)
+    found = build.instruction_set()
+    assert (found.name if found else None) == chosen
+
+
+@pytest.mark.parametrize(
+    ("flags", "wished", "missing"),
+    [("avx2", "", "fma"), ("avx2 fma avx512f avx512bw avx512dq avx512vl", "avx512", "avx512_vnni")],
+)
+def test_why_impossible_when_the_cpu_lacks_something_names_it(
+    monkeypatch: pytest.MonkeyPatch, flags: str, wished: str, missing: str
+) -> None:
+    monkeypatch.setattr(build, "_cpu_fields", lambda: {"flags": flags})
+    monkeypatch.setenv("RAYSMITH_KERNELS", wished)
+    assert build.why_impossible() == f"this CPU lacks {missing}"
+
+
+def test_instruction_set_when_wish_is_unknown_names_those_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAYSMITH_KERNELS", "sse9")
+    with pytest.raises(EngineError, match="`sse9` is none of: avx512, avx2"):
+        build.instruction_set()
+
+
+@pytest.mark.skipif(native.instruction_set() != "avx512", reason="this CPU has no other set")
+def test_kernels_when_compiled_for_avx2_pass_their_tests() -> None:
+    names = ("native_linear", "native_ops", "fused")
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
+    environment = os.environ | {"RAYSMITH_KERNELS": "avx2"}
+    command = [sys.executable, "-m", "pytest", "-q", *files]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
 
 
 @needs_kernels

@@ -125,8 +125,9 @@ def test_product_when_threads_differ_is_bitwise_the_same(layout: Layout) -> None
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_product_when_int8_is_no_slower_than_int4_which_unpacks_too() -> None:
-    # A tile whose sums the compiler puts on the stack takes more than twice as long.
+def test_product_when_it_has_less_to_do_takes_no_longer() -> None:
+    # A tile whose sums the compiler puts on the stack takes more than twice as long. With VNNI
+    # int4 is unpacked on top of the same products; without, it has half as many.
     x_NI = quantize(random(12, 1024))
     layers = [make_layer(make_weight(64, 1024, Layout(*of))) for of in (("w8a8",), ("w4a8", 32))]
     y_NO = torch.empty(12, 64)
@@ -136,8 +137,8 @@ def test_product_when_int8_is_no_slower_than_int4_which_unpacks_too() -> None:
             start_s = time.perf_counter()
             layer.multiply_into(x_NI, y_NO)
             shortest_s[place] = min(shortest_s[place], time.perf_counter() - start_s)
-    int8_s, int4_s = shortest_s
-    assert int8_s <= 1.1 * int4_s, f"{1e6 * int8_s:.1f} us against {1e6 * int4_s:.1f} us"
+    less_s, more_s = shortest_s if native.instruction_set() == "avx512" else shortest_s[::-1]
+    assert less_s <= 1.1 * more_s, f"{1e6 * less_s:.1f} us against {1e6 * more_s:.1f} us"
 
 
 @every_layout

@@ -9,7 +9,8 @@ namespace rs {
 namespace {
 
 struct Dense {
-    static constexpr int kMaxRows = kRegisters * 3 / 8;
+    // Sums beside four vectors of weights and an input.
+    static constexpr int kMaxRows = kRegisters > 16 ? 12 : 5;
 
     const float* x;
     int64_t x_stride;

@@ -8,8 +8,8 @@ namespace rs {
 namespace {
 
 struct W4A16 {
-    // Two sums for each of two vectors a row: three quarters of the registers.
-    static constexpr int kMaxRows = kRegisters * 3 / 16;
+    // Two sums for each of two vectors a row.
+    static constexpr int kMaxRows = kRegisters > 16 ? 6 : 2;
     static constexpr int kChains = 2;
 
     const float* x;
