@@ -17,7 +17,7 @@ struct W4A8 {
 #ifdef RS_VNNI
     static constexpr int kMaxRows = 11;  // Of a twelfth the sums do not fit beside what is unpacked.
 #else
-    static constexpr int kMaxRows = 6;
+    static constexpr int kMaxRows = 4;  // Of a fifth the sums do not fit beside those of a group.
 #endif
 
     QuantizedRows x;
