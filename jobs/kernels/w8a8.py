@@ -45,7 +45,9 @@ def _pack_cpp(weight: Weight, problem: Problem) -> Packed:
     )
     layout = native.weight_layout()
     # An offset of 128 flips the top bit.
-    packed_KI = blocks.interleave(values_OI.view(torch.uint8) ^ layout.int8_offset, layout.int8_inputs)
+    packed_KI = blocks.interleave(
+        values_OI.view(torch.uint8) ^ layout.int8_offset, layout.int8_inputs
+    )
     scale_O = blocks.pad_outputs(quantized(weight).scale_OG.float())[:, 0]
     return blocks.resident(packed_KI), scale_O.contiguous()
 

@@ -201,7 +201,7 @@ def _log(info: EngineInfo) -> None:
     if kernels != "none" and native.has_amx():
         kernels += " and AMX"
     _logger.info(
-        "native engine: weights %.1f MiB, cache %.1f MiB; decoding: %s; layers: %s; C++ kernels: %s",
+        "native engine: weights %.1f MiB, cache %.1f MiB; decoding: %s; layers: %s; kernels: %s",
         info.weight_bytes / MIB,
         info.cache_bytes / MIB,
         info.decoding,
