@@ -48,7 +48,7 @@ def leave(api: Api, vocab_size: int, probe: Probe) -> dict[str, Any]:
         wave = requests[number * _AT_A_TIME : (number + 1) * _AT_A_TIME]
         together_s = _LEAVE_AFTER_S[number // 2] if number % 2 else None
         left_s, replies = asyncio.run(_wave(api, wave, together_s))
-        received += sum(len(reply.tokens) for reply in replies)
+        received += sum(len(reply.content.tokens) for reply in replies)
         work_s.append(_work_after(probe.engine_cpu_s, left_s))
     return {
         "clients": _NUM_CLIENTS,
@@ -68,8 +68,8 @@ def budget(
     """Return what 200 parallel calls spent of a budget that covers a part of them."""
     requests = together(_NUM_CALLS, _PROMPT_TOKENS, 32, vocab_size)
     _, replies = asyncio.run(ask_all(api, requests))
-    answered = [reply for reply in replies if reply.is_whole]
-    refused = [reply for reply in replies if reply.status == 429]
+    answered = [reply for reply in replies if reply.content.is_whole]
+    refused = [reply for reply in replies if reply.content.status == 429]
     spent_tokens = spent()
     return {
         "calls": _NUM_CALLS,

@@ -52,7 +52,7 @@ async def _clients(
         while time.perf_counter() < stop_s:
             prompt = tuple(draws.randrange(2, vocab_size) for _ in range(128))
             reply = await ask(api, Request(0.0, prompt, 32))
-            if reply.is_whole:
+            if reply.content.is_whole:
                 latencies_s.append(reply.answered_s - reply.asked_s)
             await asyncio.sleep(_THINK_S)
 

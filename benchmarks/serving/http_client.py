@@ -1,7 +1,7 @@
 """A light streaming client of the REST API: times of tokens as they arrive on the socket.
 
-Takes requests; gives answers. It is plain sockets and a regular expression, because on few cores a
-client that costs more than the server would measure itself.
+Takes requests; gives answers. On few cores a client that costs as much as the server would measure
+itself: this one notes when bytes arrived, and reads them when somebody asks what they say.
 """
 
 import asyncio
@@ -10,27 +10,42 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
+
+import uvloop
 
 from benchmarks.serving.workload import Answers, Request
 
 _EVENT = re.compile(rb"data: (.*?)\r?\n\r?\n", re.DOTALL)
-_READ_BYTES = 1 << 16
+_END_OF_HEADERS = b"\r\n\r\n"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a reply says; the time of a token is that of the bytes that completed it."""
+
+    status: int = 0
+    headers: bytes = b""
+    tokens: tuple[int, ...] = ()
+    times_s: tuple[float, ...] = ()
+    is_whole: bool = False
+    error: str | None = None  # What the server said.
 
 
 @dataclass
 class Reply:
     """What came back for one request; times are those of `time.perf_counter`."""
 
-    status: int = 0
-    times_s: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    is_whole: bool = False
-    error: str | None = None  # What the server said.
-    failure: str | None = None  # How the connection failed.
-    headers: bytes = b""
-    asked_s: float = 0.0
+    asked_s: float
     answered_s: float = 0.0
+    failure: str | None = None  # How the connection failed.
+    received: list[tuple[float, bytes]] = field(default_factory=list)  # when, what
+
+    @cached_property
+    def content(self) -> Content:
+        """What was received, read once: ask for it when the reply has ended."""
+        return read(self.received)
 
 
 @dataclass(frozen=True)
@@ -52,14 +67,52 @@ async def ask(
 ) -> Reply:
     """Stream one completion; hang up after so many tokens, or after so long."""
     reply = Reply(asked_s=time.perf_counter())
+    loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(leave_after_s) as leaving:
-            await _exchange(api, request, reply, leave_after)
+            transport, exchange = await loop.create_connection(
+                lambda: _Exchange(_bytes_of(api, request), reply, leave_after), api.host, api.port
+            )
+            try:
+                await exchange.ended
+            finally:
+                transport.close()
     except (OSError, EOFError) as error:  # TimeoutError is an OSError.
         if not leaving.expired():
             reply.failure = f"{type(error).__name__}: {error}"
     reply.answered_s = reply.answered_s or time.perf_counter()
     return reply
+
+
+def read(received: Sequence[tuple[float, bytes]]) -> Content:
+    """Return what bytes say that came at these times, a stream of events or a refusal."""
+    headers, end, body = b"".join(data for _, data in received).partition(_END_OF_HEADERS)
+    if not end:
+        return Content()
+    status = int(headers.split(b" ", 2)[1])
+    if status != 200:
+        return Content(status, headers, error=body.decode(errors="replace"))
+    arrivals = iter(received)
+    tokens: list[int] = []
+    times_s: list[float] = []
+    is_whole, error = False, None
+    now_s, num_bytes = 0.0, -len(headers + end)
+    for match in _EVENT.finditer(body):
+        while num_bytes < match.end():
+            now_s, data = next(arrivals)
+            num_bytes += len(data)
+        if match[1] == b"[DONE]":
+            is_whole = error is None
+            continue
+        document: dict[str, Any] = json.loads(match[1])
+        if "error" in document:
+            error = json.dumps(document["error"])
+            continue
+        for choice in document["choices"]:
+            ids = choice.get("token_ids") or ()
+            tokens += ids
+            times_s += [now_s] * len(ids)
+    return Content(status, headers, tuple(tokens), tuple(times_s), is_whole, error)
 
 
 class Served:
@@ -71,9 +124,10 @@ class Served:
 
     def run(self, requests: Sequence[Request]) -> Answers:
         """Return the times of the tokens of every request, 429 and errors as empty answers."""
-        start_s, replies = asyncio.run(ask_all(self.api, requests))
-        self.last_tokens = [reply.tokens for reply in replies]
-        times = tuple(tuple(t - start_s for t in reply.times_s) for reply in replies)
+        start_s, replies = uvloop.run(ask_all(self.api, requests))
+        contents = [reply.content for reply in replies]
+        self.last_tokens = [list(content.tokens) for content in contents]
+        times = tuple(tuple(t - start_s for t in content.times_s) for content in contents)
         return Answers(tuple(requests), times)
 
     def close(self) -> None:
@@ -111,45 +165,32 @@ def _bytes_of(api: Api, request: Request) -> bytes:
     return head.encode() + body
 
 
-async def _exchange(api: Api, request: Request, reply: Reply, leave_after: int | None) -> None:
-    reader, writer = await asyncio.open_connection(api.host, api.port)
-    try:
-        writer.write(_bytes_of(api, request))
-        await _read(reader, reply, leave_after)
-        reply.answered_s = time.perf_counter()
-    finally:
-        writer.close()
+class _Exchange(asyncio.Protocol):
+    """One request on one connection."""
 
+    def __init__(self, asked: bytes, reply: Reply, leave_after: int | None) -> None:
+        self._asked, self._reply, self._leave_after = asked, reply, leave_after
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-async def _read(reader: asyncio.StreamReader, reply: Reply, leave_after: int | None) -> None:
-    reply.headers = await reader.readuntil(b"\r\n\r\n")
-    reply.status = int(reply.headers.split(b" ", 2)[1])
-    pending = b""
-    while data := await reader.read(_READ_BYTES):
-        now_s = time.perf_counter()
-        pending += data
-        if reply.status != 200:
-            continue
-        end = 0
-        for match in _EVENT.finditer(pending):
-            end = match.end()
-            _take(reply, match[1], now_s)
-        pending = pending[end:]
-        if leave_after is not None and len(reply.tokens) >= leave_after:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).write(self._asked)
+
+    def data_received(self, data: bytes) -> None:
+        received = self._reply.received
+        received.append((time.perf_counter(), data))
+        if self._leave_after is not None and len(read(received).tokens) >= self._leave_after:
+            self._end(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is None and not self._reply.received:
+            exc = EOFError("the server closed the connection without a word")
+        self._end(exc)
+
+    def _end(self, failure: Exception | None) -> None:
+        if self.ended.done():
             return
-    if reply.status != 200:
-        reply.error = pending.decode(errors="replace")
-
-
-def _take(reply: Reply, event: bytes, now_s: float) -> None:
-    if event == b"[DONE]":
-        reply.is_whole = reply.error is None
-        return
-    document: dict[str, Any] = json.loads(event)
-    if "error" in document:
-        reply.error = json.dumps(document["error"])
-        return
-    for choice in document["choices"]:
-        ids = choice.get("token_ids") or ()
-        reply.tokens.extend(ids)
-        reply.times_s.extend([now_s] * len(ids))
+        self._reply.answered_s = time.perf_counter()
+        if failure is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(failure)

@@ -54,8 +54,8 @@ def measure(
     replies, watched = asyncio.run(flood())
     start_s = min(reply.asked_s for reply in replies) + _WARM_UP_S
     counted_s = flood_s - _WARM_UP_S
-    whole = [reply for reply in replies if reply.is_whole]
-    refused = [reply for reply in replies if reply.status == 429]
+    whole = [reply for reply in replies if reply.content.is_whole]
+    refused = [reply for reply in replies if reply.content.status == 429]
     goodput = _rates(whole, start_s, counted_s)
     say(f"goodput {goodput['per_s']:.2f} requests/s, {len(refused)} refused")
     counted = {id(reply) for reply in _ended(whole, start_s, counted_s)}
@@ -77,7 +77,7 @@ def measure(
         "refusal_ms": _spread_ms([reply.answered_s - reply.asked_s for reply in refused]),
         "refusals_within_50_ms": _within(0.05, refused),
         "clients_lag_ms": _spread_ms(watched.lags_s),
-        "first_token_ms": _spread_ms([reply.times_s[0] - reply.asked_s for reply in whole]),
+        "first_token_ms": _spread_ms([reply.content.times_s[0] - reply.asked_s for reply in whole]),
         **_growth(watched.memory_bytes),
     }
 
@@ -92,7 +92,7 @@ async def _closed_loop(api: Api, pool: Sequence[Request], duration_s: float) -> 
         while time.perf_counter() < stop_s:
             number = (number + _CLIENTS) % len(pool)
             reply = await ask(api, pool[number])
-            if reply.is_whole:
+            if reply.content.is_whole:
                 whole.append(reply)
 
     await asyncio.gather(*(client(n) for n in range(_CLIENTS)))
@@ -102,7 +102,7 @@ async def _closed_loop(api: Api, pool: Sequence[Request], duration_s: float) -> 
 def _rates(whole: Sequence[Reply], start_s: float, duration_s: float) -> dict[str, float]:
     """Return answers that ended within a time, and their tokens, by the second."""
     ended = _ended(whole, start_s, duration_s)
-    num_tokens = sum(len(reply.tokens) for reply in ended)
+    num_tokens = sum(len(reply.content.tokens) for reply in ended)
     return {"per_s": len(ended) / duration_s, "tokens_per_s": num_tokens / duration_s}
 
 

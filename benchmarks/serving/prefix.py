@@ -34,6 +34,6 @@ async def _pair(api: Api, draws: random.Random, vocab_size: int) -> tuple[float,
     prefix, times_s = some(_PREFIX_TOKENS), []
     for _ in range(2):
         reply = await ask(api, Request(0.0, prefix + some(_TAIL_TOKENS), 4))
-        assert reply.is_whole, reply.error
-        times_s.append(reply.times_s[0] - reply.asked_s)
+        assert reply.content.is_whole, reply.content.error
+        times_s.append(reply.content.times_s[0] - reply.asked_s)
     return times_s[0], times_s[1]

@@ -112,7 +112,7 @@ class _Load:
 
     def __init__(self, prompts: list[Request], num_requests: int) -> None:
         self._prompts, self._num_requests = prompts, num_requests
-        self._answers: dict[int, list[int]] = {}
+        self._answers: dict[int, tuple[int, ...]] = {}
         self._num_asked = 0
         self._is_stopped = False
         self._is_reached, self._num_wanted = asyncio.Event(), 0
@@ -135,7 +135,8 @@ class _Load:
             if counts.total() >= self._num_wanted:
                 self._is_reached.set()
             if ending == "whole":
-                self.num_unlike += self._answers.setdefault(number, reply.tokens) != reply.tokens
+                tokens = reply.content.tokens
+                self.num_unlike += self._answers.setdefault(number, tokens) != tokens
 
     def begin(self, phase: str, share: float) -> None:
         """Count endings in this phase from now on; it shall have this share of all requests."""
@@ -153,10 +154,11 @@ class _Load:
 
 
 def _ending(reply: Reply, max_tokens: int) -> str:
-    if reply.is_whole and len(reply.tokens) == max_tokens:
+    content = reply.content
+    if content.is_whole and len(content.tokens) == max_tokens:
         return "whole"
-    is_said = reply.error is not None and reply.failure is None
-    return f"clear error {reply.status}" if is_said else "cut short"
+    is_said = content.error is not None and reply.failure is None
+    return f"clear error {content.status}" if is_said else "cut short"
 
 
 def _prompts(vocab_size: int, marked: int) -> list[Request]:

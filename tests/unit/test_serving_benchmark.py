@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.serving import cancel, peers, rollout
-from benchmarks.serving.http_client import Api, Reply, ask
+from benchmarks.serving.http_client import Api, Content, Reply, ask, read
 from benchmarks.serving.workload import Answers, Limit, Request, poisson
 
 REQUEST = Request(0.0, (5, 6), 2)
@@ -43,7 +43,7 @@ def answered_with(*parts: bytes, leave_after_s: float | None = None, holds: bool
 
 def test_ending_when_a_stream_is_complete_is_whole() -> None:
     reply = answered_with(HEAD, TOKEN, TOKEN, DONE)
-    assert reply.tokens == [7, 7]
+    assert reply.content.tokens == (7, 7)
     assert rollout._ending(reply, 2) == "whole"
 
 
@@ -72,7 +72,19 @@ def test_ending_when_refused_is_a_clear_error() -> None:
 
 def test_ask_when_it_leaves_keeps_what_it_received() -> None:
     reply = answered_with(HEAD, TOKEN, leave_after_s=0.3, holds=True)
-    assert (reply.tokens, reply.is_whole, reply.failure) == ([7], False, None)
+    content = reply.content
+    assert (content.tokens, content.is_whole, reply.failure) == ((7,), False, None)
+
+
+def test_read_when_an_event_comes_in_two_parts_is_timed_by_the_second() -> None:
+    received = [(1.0, HEAD + TOKEN + TOKEN[:9]), (2.0, TOKEN[9:]), (3.0, TOKEN + DONE)]
+    content = read(received)
+    assert content.times_s == (1.0, 2.0, 3.0)
+    assert content.is_whole
+
+
+def test_read_when_headers_are_not_complete_says_nothing() -> None:
+    assert read([(1.0, HEAD[:-1])]) == Content()
 
 
 def counted(busy_s: float) -> Callable[[], float]:
