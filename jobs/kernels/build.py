@@ -99,7 +99,10 @@ def instruction_set() -> InstructionSet | None:
 
 
 def why_impossible() -> str | None:
-    """Return why this machine cannot build or run the kernels, or None."""
+    """Return why this machine cannot build or run the kernels, or None.
+
+    Raises EngineError if `RAYSMITH_KERNELS` names no instruction set.
+    """
     if instruction_set() is None:
         wished = os.environ.get("RAYSMITH_KERNELS")
         least = next((s for s in _INSTRUCTION_SETS if s.name == wished), _INSTRUCTION_SETS[-1])
@@ -112,7 +115,7 @@ def why_impossible() -> str | None:
 def build() -> Path:
     """Return the library's path, compiled first unless it is there already.
 
-    Raises EngineError where `why_impossible` gives a reason or the compiler fails, and
+    Raises EngineError where `why_impossible` gives or raises one, or the compiler fails, and
     StorageError where the cache folder cannot be written.
     """
     if (reason := why_impossible()) is not None:
@@ -138,10 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Build the kernels and print where they are; a machine that cannot run them is no failure."""
     parser = argparse.ArgumentParser(prog="python -m jobs.kernels.build", description=main.__doc__)
     parser.parse_args(argv)
-    if (reason := why_impossible()) is not None:
-        sys.stderr.write(f"C++ kernels: {reason}; PyTorch's operators will be used instead.\n")
-        return 0
     try:
+        if (reason := why_impossible()) is not None:
+            sys.stderr.write(f"C++ kernels: {reason}; PyTorch's operators will be used instead.\n")
+            return 0
         library = build()
     except RaysmithError as error:
         sys.stderr.write(f"error: {error.message}\n")

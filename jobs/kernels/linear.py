@@ -135,8 +135,8 @@ def fuse(
 
     Results are bitwise those of the layers apart, which go on working, on the joined one's memory.
     None where they cannot be joined: different formats, groups, inputs or operators, an operator
-    whose packed form is its own secret, or a layer before the last whose outputs are no multiple
-    of 32.
+    whose packed form is its own secret, or a layer before the last whose outputs fill no whole
+    blocks.
     """
     assert layers, "there is nothing to join"
     first = layers[0]

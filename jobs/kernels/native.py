@@ -43,19 +43,21 @@ class WeightLayout(NamedTuple):
 
 
 def why_unavailable() -> str | None:
-    """Return why the kernels cannot be used in this process, or None; builds them if missing."""
-    return _load()[1]
+    """Return why the kernels cannot be used in this process, or None; builds them if missing.
+
+    Raises EngineError if `RAYSMITH_KERNELS` names no instruction set.
+    """
+    return _load().reason
 
 
 def is_available() -> bool:
-    """Return whether the kernels can be used in this process; builds them if missing."""
-    return _load()[1] is None
+    """Return whether the kernels can be used in this process, as `why_unavailable` says it."""
+    return _load().reason is None
 
 
-def instruction_set() -> str:
-    """Return what the library is compiled for, "avx512" or "avx2"; "" where there is none."""
-    chosen = build.instruction_set()
-    return chosen.name if chosen else ""
+def instruction_set() -> str | None:
+    """Return what the library is compiled for, "avx512" or "avx2"; None without a library."""
+    return _load().instruction_set
 
 
 def library_name() -> str:
@@ -113,21 +115,29 @@ def num_threads() -> int:
 
 
 def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
-        raise EngineError(f"the C++ kernels are not available: {reason}.")
-    return library
+    loaded = _load()
+    if loaded.library is None:
+        raise EngineError(f"the C++ kernels are not available: {loaded.reason}.")
+    return loaded.library
+
+
+class _Loaded(NamedTuple):
+    """A library and what it is compiled for, or why there is none."""
+
+    library: ctypes.CDLL | None = None
+    instruction_set: str | None = None
+    reason: str | None = None
 
 
 @functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
+def _load() -> _Loaded:
     """Load the library once a process; the reason is logged once, here."""
-    reason = build.why_impossible()
-    if reason is None:
+    chosen, reason = build.instruction_set(), build.why_impossible()
+    if chosen is not None and reason is None:
         try:
             # torch, imported above, has loaded the OpenMP runtime that this library calls.
-            return ctypes.CDLL(str(build.build())), None
+            return _Loaded(ctypes.CDLL(str(build.build())), chosen.name)
         except (RaysmithError, OSError) as error:
             reason = str(error)
     _logger.warning("C++ kernels are not used, PyTorch's operators are: %s", reason)
-    return None, reason
+    return _Loaded(reason=reason)

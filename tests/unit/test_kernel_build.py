@@ -82,14 +82,48 @@ def test_instruction_set_when_wish_is_unknown_names_those_there_are(
         build.instruction_set()
 
 
+def test_main_when_wish_is_unknown_fails_with_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAYSMITH_KERNELS", "sse9")
+    assert build.main([]) == 1
+    assert "`sse9` is none of" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(native.instruction_set() != "avx512", reason="this CPU has no other set")
 def test_kernels_when_compiled_for_avx2_pass_their_tests() -> None:
-    names = ("native_linear", "native_ops", "fused")
-    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
     environment = os.environ | {"RAYSMITH_KERNELS": "avx2"}
-    command = [sys.executable, "-m", "pytest", "-q", *files]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:]
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        return done.stdout
+
+    assert "libraysmith" in run("jobs.kernels.build")  # Else the tests would be skipped.
+    names = ("native_linear", "native_ops", "fused", "low_rank", "ragged")
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
+    assert " passed" in run("pytest", "-q", *files)
+
+
+@needs_kernels
+@pytest.mark.parametrize("cpu", ["icelake-server", "sapphirerapids", "haswell"])
+def test_sources_when_compiled_for_another_cpu_are_valid(cpu: str) -> None:
+    # Whatever this CPU is, what others run is compiled at least: with AVX-512, with AMX, with AVX2.
+    flags = [flag for flag in build._FLAGS if not flag.startswith("-march")]
+    sources = sorted(map(str, build._SOURCES.glob("*.cpp")))
+    command = [build._compiler(), *flags, f"-march={cpu}", "-fsyntax-only", *sources]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(("flags", "layout"), [("avx512", (32, 4, 128)), ("avx2", (16, 2, 0))])
+def test_weight_layout_for_an_instruction_set_is_what_its_kernels_read(
+    flags: str, layout: tuple[int, int, int]
+) -> None:
+    if native.instruction_set() != flags:
+        pytest.skip(f"the kernels are not compiled for {flags} here")
+    assert native.weight_layout() == layout
 
 
 @needs_kernels

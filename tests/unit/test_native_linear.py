@@ -227,10 +227,24 @@ def test_rows_when_given_room_fill_it() -> None:
     assert torch.equal(filled.values_NS, quantize(random(5, 40)).values_NS)
 
 
-@pytest.mark.parametrize("rows", [1, 32])
-def test_sums_when_weights_and_inputs_are_extreme_do_not_overflow(rows: int) -> None:
-    # Every product is the largest there is, with the offset: 255 x 127 for each of 8192 inputs.
-    values_OI = torch.full((32, 8192), 127, dtype=torch.int8)
-    weight = QuantizedWeight("w8a8", values_OI, torch.ones(32, 1), None)
-    y_NO = make_layer(weight)(torch.full((rows, 8192), 127.0))
-    assert torch.equal(y_NO, torch.full((rows, 32), 127.0 * 127 * 8192))
+@pytest.mark.parametrize("rows", [1, 4, 6, 12])
+@pytest.mark.parametrize(
+    ("layout", "value"),
+    [
+        (Layout("w8a8"), 127),
+        (Layout("w8a8"), -128),
+        (Layout("w4a8", 32), 7),
+        (Layout("w4a8", 128), -8),
+    ],
+)
+def test_sums_when_weights_and_inputs_are_extreme_do_not_overflow(
+    layout: Layout, value: int, rows: int
+) -> None:
+    # Every product is the largest there is, with the weights' offset: 255 or 15 times 127.
+    groups = layout.num_groups(8192)
+    values_OI = torch.full((32, 8192), value, dtype=torch.int8)
+    scale_OG = torch.ones(32, groups)
+    layer = make_layer(QuantizedWeight(layout.scheme, values_OI, scale_OG, layout.group_size))
+    for sign in (1, -1):
+        y_NO = layer(torch.full((rows, 8192), sign * 127.0))
+        assert torch.equal(y_NO, torch.full((rows, 32), sign * 127.0 * value * 8192))

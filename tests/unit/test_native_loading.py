@@ -136,3 +136,4 @@ def test_create_when_loaded_says_what_runs_on_which_operator(tmp_path, caplog):
     operator = "cpp" if native.is_available() else "dense"
     assert f"15 x bf16 on {operator}" in record.getMessage()
     assert "decoding: operator by operator" in record.getMessage()
+    assert f"kernels: {native.instruction_set() or 'none'}" in record.getMessage()

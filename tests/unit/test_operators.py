@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import EngineError
-from jobs.kernels import native
+from jobs.kernels import build, native, w8a8
 from jobs.kernels.formats import (
     CHANNELED,
     Layout,
@@ -180,3 +180,12 @@ def test_choose_when_an_operator_keeps_the_bits_of_rows_takes_such_a_one(
     choice = choose(layout.scheme, out_features, 64, torch.float32, group_size=layout.group_size)
     problem = Problem(layout, out_features, 64, torch.float32, torch.device("cpu"))
     assert find(choice.operator, problem).has_exact_rows
+
+
+def test_zentorch_when_the_cpu_lacks_avx512_is_refused_and_not_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
+    monkeypatch.setattr(w8a8, "_load_zentorch", lambda: pytest.fail("it would die"))
+    problem = Problem(Layout("w8a8", None), 64, 64, torch.float32, torch.device("cpu"))
+    assert w8a8._refuses_zentorch(problem) == "this CPU lacks avx512f"

@@ -11,7 +11,7 @@
 namespace rs {
 
 constexpr int64_t kMaxSlots = 512;  // of a block, or of the blocks of a chunk
-constexpr int64_t kRowBlock = kRegisters / 4;  // rows whose sums, two vectors, are held in registers
+constexpr int64_t kRowBlock = kRegisters > 16 ? 8 : 4;  // rows whose sums registers hold
 constexpr int64_t kMaxVectors = kMaxSlots / kLanes;
 
 // Keys that are taken together: vectors of kLanes slots, and the blocks whose slots they are. Slots
@@ -40,8 +40,8 @@ struct Chunk {
 // the next one reads: scoring for the values of the same tokens, mixing for the next chunk's keys, as
 // many as it reads values itself.
 
-// scores[r][0..kLanes NV) = q[r] . keys, for R rows and vectors [v, v + NV) of a chunk. Each vector has
-// its own address: the next one may lie in another block.
+// scores[r][0..kLanes NV) = q[r] . keys, for R rows and vectors [v, v + NV) of a chunk. Each vector
+// has its own address: the next one may lie in another block.
 template <class T, int R, int NV, bool kFetch>
 inline void score_block(const float* q, int64_t dim, const Chunk<T>& chunk, int64_t v0,
                         int64_t slots, float* scores, int64_t score_stride) {

@@ -1,8 +1,8 @@
 // Attention in both directions over sequences of different lengths, one behind the other.
 //
 // A task is one head of one sequence: its keys are laid out with a feature of all tokens together,
-// so that a vector of scores are computed at a time without a reduction. Every row is computed in one order,
-// so it depends neither on the rows beside it nor on the other sequences.
+// so that a vector of scores is computed at a time without a reduction. Every row is computed in one
+// order, so it depends neither on the rows beside it nor on the other sequences.
 #include <cmath>
 #include <vector>
 
@@ -11,8 +11,8 @@
 namespace rs {
 namespace {
 
-// Query rows that share what is read of keys and values: as many sums as are under way at a time.
-constexpr int kRows = 128 / kRegisters;
+// Query rows that share what is read of keys and values: enough sums that none waits for itself.
+constexpr int kRows = kLanes > 8 ? 4 : 8;
 
 // Features [0, dim) of `rows` tokens that lie `stride` apart, as floats `padded` apart.
 template <class T>

@@ -13,7 +13,7 @@ namespace rs {
 namespace {
 
 constexpr int64_t kChunkRows = 24;  // that one thread computes together, where rows are shared
-constexpr int64_t kFullTile = 12;   // of most products
+constexpr int64_t kFullTile = 12;   // of most products, or several of them
 
 // body(rows, thread) for all rows, by each thread for other rows, so that none waits for another
 // before the end. Chunks get smaller towards the end, which all then reach at about the same time.

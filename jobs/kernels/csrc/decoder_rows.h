@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "linear.h"
 #include "products.h"
 #include "quantize.h"
 
@@ -70,7 +71,6 @@ class RowRunner {
     // Rows that pass through a gated MLP together: what they take between its products, 2 x 4 bytes
     // x F a row, then stays in the cache that the cores share.
     static constexpr int64_t kMlpRows = 144;
-    static constexpr int64_t kGateMultiple = 32;  // of gates, for products that gate (products.h)
 
   public:
     RowRunner(const Decoder& decoder, const Pool& pool, const Space& space, int threads)
@@ -99,7 +99,7 @@ class RowRunner {
             const int64_t width = decoder_.intermediate_size;
             normalize(weights.post_norm, weights.gate_up, rows);
             int64_t stride = width;
-            if (weights.gate_up.count == 1 && width % kGateMultiple == 0) {
+            if (weights.gate_up.count == 1 && width % kBlockOutputs == 0) {
                 multiply(weights.gate_up, space_.x, decoder_.hidden_size, space_.gate_up, stride,
                          rows.count, Mode::kGate);
             } else {

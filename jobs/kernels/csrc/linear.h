@@ -1,9 +1,8 @@
 // What the products of linear layers share: y[n, o] = sum_i x[n, i] * w[o, i], then bias, then y.
 //
-// Outputs are computed in blocks of two vectors, one lane an output. A block's
-// weights lie in memory in the order in which they are read, inputs outermost, so that one row
-// streams them from memory once, at its full rate. Outputs are padded to whole blocks with weights
-// of zero.
+// Outputs are computed in blocks of two vectors, one lane an output. A block's weights lie in memory
+// in the order in which they are read, inputs outermost, so that one row streams them from memory
+// once, at its full rate. Outputs are padded to whole blocks with weights of zero.
 //
 // A tile is a few rows of one block, kept in registers from the first input to the last. Every
 // sum is made in one lane, inputs in order, whatever the tile: a row's result is bitwise the same
@@ -23,10 +22,17 @@ namespace rs {
 
 constexpr int kVectors = 2;  // vectors of a block
 constexpr int64_t kBlockOutputs = kLanes * kVectors;
-constexpr int64_t kLine = 64;                        // bytes of a cache line
-constexpr int64_t kStep = kVectors * kVectorBytes;   // bytes of weights that one step reads
+constexpr int64_t kLine = 64;                       // bytes of a cache line
+constexpr int64_t kStep = kVectors * kVectorBytes;  // bytes of a block's weights that a step reads
 constexpr int64_t kStepLines = kStep / kLine;
 constexpr int64_t kReach = 8192;  // how far ahead of a single pass weights are asked for
+
+// Int8 weights: how many inputs of an output lie together, and what is added to each.
+#ifdef RS_VNNI
+constexpr int64_t kInt8Inputs = 4, kInt8Offset = 128;
+#else
+constexpr int64_t kInt8Inputs = 2, kInt8Offset = 0;
+#endif
 
 // Where results go: row n of y begins at y + n * stride.
 struct Output {

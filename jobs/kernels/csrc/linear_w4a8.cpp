@@ -14,11 +14,8 @@ namespace {
 constexpr int64_t kAmxRows = 4;
 
 struct W4A8 {
-#ifdef RS_VNNI
-    static constexpr int kMaxRows = 11;  // Of a twelfth the sums do not fit beside what is unpacked.
-#else
-    static constexpr int kMaxRows = 4;  // Of a fifth the sums do not fit beside those of a group.
-#endif
+    // Of one more the sums do not fit beside what is unpacked, or those of a group.
+    static constexpr int kMaxRows = kRegisters > 16 ? 11 : 4;
 
     QuantizedRows x;
     Int4Weights w;

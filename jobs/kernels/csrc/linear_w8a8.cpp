@@ -1,9 +1,10 @@
 // W8A8: int8 weights with a scale per output, rows quantized to int8.
 //
-// Sums are exact integers. With VNNI, packed weights are uint8 [blocks, I / 4, outputs, 4], each w +
-// 128; 255 * 127 * I stays below 2^31 up to I = 66,000. Without, they are int8 [blocks, I / 2,
+// Sums are exact integers. With VNNI, packed weights are uint8 [blocks, I / 4, outputs, 4], each
+// w + 128; 255 * 127 * I stays below 2^31 up to I = 66,000. Without, they are int8 [blocks, I / 2,
 // outputs, 2] and widened to 16 bits, as are the rows: sums of products of bytes, which AVX2 has,
 // leave 16 bits. I is padded to the rows' stride.
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -29,7 +30,7 @@ struct OutputScales {
 };
 
 struct W8A8 {
-    static constexpr int kMaxRows = kRegisters * 3 / 8;
+    static constexpr int kMaxRows = kRegisters > 16 ? 12 : 6;
 
     QuantizedRows x;
     const uint8_t* packed;
@@ -115,6 +116,28 @@ struct W8A8 {
 #endif
 };
 
+#ifdef RS_VNNI
+std::vector<int32_t> row_offsets(const QuantizedRows& x) {
+    std::vector<int32_t> offsets(x.rows);
+    for (int64_t n = 0; n < x.rows; ++n) {
+        const int32_t* sums = x.row_sums(n);
+        offsets[n] = -kInt8Offset * std::accumulate(sums, sums + x.stride / kSumBlock, 0);
+    }
+    return offsets;
+}
+#else
+std::unique_ptr<int16_t[]> widen_rows(const QuantizedRows& x, int threads) {
+    constexpr int64_t kTaskValues = 1 << 15;  // fewer are widened sooner than a thread is woken
+    const int64_t count = x.rows * x.stride;
+    std::unique_ptr<int16_t[]> wide(new int16_t[count]);
+    parallel_tasks(ceil_div(count, kTaskValues), threads, [&](int64_t task) {
+        const int64_t first = task * kTaskValues, last = std::min(count, first + kTaskValues);
+        std::copy(x.values + first, x.values + last, wide.get() + first);
+    });
+    return wide;
+}
+#endif
+
 }  // namespace
 }  // namespace rs
 
@@ -125,18 +148,16 @@ RS_EXPORT void rs_linear_w8a8(const int8_t* values, const float* row_scales, con
     const int64_t stride = rs::padded_inputs(inputs);
     const rs::QuantizedRows x{values, row_scales, sums, rows, stride};
 #ifdef RS_VNNI
-    std::vector<int32_t> prepared(rows);
-    for (int64_t n = 0; n < rows; ++n) {
-        const int32_t* row_sums = x.row_sums(n);
-        prepared[n] = -128 * std::accumulate(row_sums, row_sums + stride / rs::kSumBlock, 0);
-    }
+    const auto offsets = rs::row_offsets(x);
+    const auto* prepared = offsets.data();
 #else
-    const std::vector<int16_t> prepared(values, values + rows * stride);
+    const auto wide = rs::widen_rows(x, threads);
+    const auto* prepared = wide.get();
 #endif
     const rs::W8A8 kernel{x,
                           packed,
                           scales,
-                          prepared.data(),
+                          prepared,
                           {y, y_stride, outputs, bias, mode},
                           stride * rs::kBlockOutputs};
 #ifdef RS_AMX
@@ -146,15 +167,4 @@ RS_EXPORT void rs_linear_w8a8(const int8_t* values, const float* row_scales, con
     }
 #endif
     rs::run_linear(kernel, rows, outputs, threads);
-}
-
-// Write how weights are packed: outputs of a block, int8 inputs of an output that lie together, and
-// what is added to int8 weights.
-RS_EXPORT void rs_weight_layout(int64_t* layout) {
-#ifdef RS_VNNI
-    constexpr int64_t kInputs = 4, kOffset = 128;
-#else
-    constexpr int64_t kInputs = 2, kOffset = 0;
-#endif
-    layout[0] = rs::kBlockOutputs, layout[1] = kInputs, layout[2] = kOffset;
 }

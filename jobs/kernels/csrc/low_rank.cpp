@@ -9,7 +9,7 @@ namespace rs {
 namespace {
 
 constexpr int64_t kParts = 4, kTileVectors = 4;
-constexpr int64_t kTileRows = kRegisters / 8;  // sums of a tile take half the registers
+constexpr int64_t kTileRows = kRegisters > 16 ? 4 : 2;  // sums take half the registers
 constexpr int64_t kMaxRank = 512;
 // Below this many products a second thread starts later than one has finished.
 constexpr int64_t kMinParallelProducts = 1 << 18;
@@ -51,35 +51,35 @@ void project_down(const Problem& p, const int32_t* rows, float (*h)[kMaxRank]) {
     }
 }
 
-template <int ROWS>
-void project_up(const Problem& p, const int32_t* rows, const float (*h)[kMaxRank]) {
-    for (int64_t o = 0; o < p.out_features; o += kTileVectors * kLanes) {
-        Floats sums[ROWS][kTileVectors];
-        int64_t left[kTileVectors];
+// Outputs [o, o + kTileVectors * kLanes), all of which there are where kIsWhole.
+template <int ROWS, bool kIsWhole>
+void project_up(const Problem& p, const int32_t* rows, const float (*h)[kMaxRank], int64_t o) {
+    const auto left = [&](int v) { return kIsWhole ? kLanes : p.out_features - o - v * kLanes; };
+    Floats sums[ROWS][kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v)
+        for (int n = 0; n < ROWS; ++n) sums[n][v] = zeros();
+    for (int64_t r = 0; r < p.rank; ++r)
         for (int v = 0; v < kTileVectors; ++v) {
-            left[v] = p.out_features - o - v * kLanes;
-            for (int n = 0; n < ROWS; ++n) sums[n][v] = zeros();
+            const float* up = p.up + r * p.out_features + o + v * kLanes;
+            const Floats column = kIsWhole ? load(up) : load_some(up, left(v));
+            for (int n = 0; n < ROWS; ++n)
+                sums[n][v] = multiply_add(all(h[n][r]), column, sums[n][v]);
         }
-        for (int64_t r = 0; r < p.rank; ++r)
-            for (int v = 0; v < kTileVectors; ++v) {
-                const float* up = p.up + r * p.out_features + o + v * kLanes;
-                const Floats column = load_some(up, left[v]);
-                for (int n = 0; n < ROWS; ++n)
-                    sums[n][v] = multiply_add(all(h[n][r]), column, sums[n][v]);
-            }
-        for (int n = 0; n < ROWS; ++n)
-            for (int v = 0; v < kTileVectors; ++v) {
-                float* y = p.y + rows[n] * p.y_stride + o + v * kLanes;
-                store_some(y, load_some(y, left[v]) + sums[n][v], left[v]);
-            }
-    }
+    for (int n = 0; n < ROWS; ++n)
+        for (int v = 0; v < kTileVectors; ++v) {
+            float* y = p.y + rows[n] * p.y_stride + o + v * kLanes;
+            store_some(y, load_some(y, left(v)) + sums[n][v], left(v));
+        }
 }
 
 template <int ROWS>
 void add_rows(const Problem& p, const int32_t* rows) {
     float h[ROWS][kMaxRank];
     project_down<ROWS>(p, rows, h);
-    project_up<ROWS>(p, rows, h);
+    constexpr int64_t kTile = kTileVectors * kLanes;
+    int64_t o = 0;
+    for (; o + kTile <= p.out_features; o += kTile) project_up<ROWS, true>(p, rows, h, o);
+    if (o < p.out_features) project_up<ROWS, false>(p, rows, h, o);
 }
 
 }  // namespace

@@ -5,8 +5,9 @@
 
 namespace rs {
 
-// What a product does with y. The last needs a multiple of 64 outputs: the first half are gates of
-// the second, and y [N, outputs / 2] becomes silu(gate) * up, bitwise as rs_silu_mul makes it.
+// What a product does with y. The last needs two halves of whole blocks (linear.h): the first half are
+// gates of the second, and y [N, outputs / 2] becomes silu(gate) * up, bitwise as rs_silu_mul makes
+// it.
 enum class Mode : int32_t { kSet = 0, kAdd = 1, kGate = 2 };
 
 }  // namespace rs

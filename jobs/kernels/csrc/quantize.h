@@ -54,7 +54,8 @@ inline void quantize_row(int64_t inputs, const Load& load, int8_t* values, float
         const __m256i fours = _mm256_sad_epu8(offset, _mm256_setzero_si256());
         const __m128i twos =
             _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
-        sums[i / kSumBlock] = _mm_cvtsi128_si32(twos) + _mm_extract_epi32(twos, 2) - 128 * kSumBlock;
+        const int32_t sum = _mm_cvtsi128_si32(twos) + _mm_extract_epi32(twos, 2);
+        sums[i / kSumBlock] = sum - 128 * kSumBlock;
     }
 }
 

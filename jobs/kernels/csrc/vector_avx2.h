@@ -1,4 +1,5 @@
-// Vectors of 8 floats: AVX2 with FMA. See vector.h; vector_avx512.h has the same functions.
+// Vectors of 8 floats: AVX2 with FMA. See vector.h; vector_avx512.h has the same functions, but for
+// products of int8 rows.
 #pragma once
 
 #include "common.h"
@@ -14,7 +15,6 @@ using Ints = __m256i;  // 8 of 32 bits, or bytes
 struct Lanes {         // all bits of a lane, or none
     __m256i bits;
 };
-using Bfloat16 = uint16_t;
 
 // The first `count` lanes; none below 1, all from kLanes on.
 inline Lanes first_lanes(int64_t count) {
@@ -48,7 +48,7 @@ inline Floats load(const int8_t* x) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
 }
-// The first `count` of them, at most kLanes; zero in the other lanes. No more is read.
+// The first `count` of them, as first_lanes counts; zero in the other lanes. No more is read.
 inline Floats load_some(const float* x, int64_t count) {
     if (count >= kLanes) return load(x);
     return _mm256_maskload_ps(x, first_lanes(count).bits);
@@ -81,8 +81,8 @@ inline __m256i to_bytes(const Floats (&x)[4]) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
 }
-// The first `count` lanes, at most kLanes. No more is written. Whole vectors are told apart since
-// stores with a mask take dozens of cycles on AMD's CPUs.
+// The first `count` lanes, as first_lanes counts. No more is written. Whole vectors are told apart
+// since stores with a mask take dozens of cycles on AMD's CPUs.
 inline void store_some(float* y, Floats x, int64_t count) {
     if (count >= kLanes) return store(y, x);
     _mm256_maskstore_ps(y, first_lanes(count).bits, x);
@@ -90,12 +90,12 @@ inline void store_some(float* y, Floats x, int64_t count) {
 inline void store_some(Bfloat16* y, Floats x, int64_t count) {
     const __m128i halves = to_bfloat16(x);
     if (count >= kLanes) return _mm_storeu_si128(reinterpret_cast<__m128i*>(y), halves);
-    __builtin_memcpy(y, &halves, count * sizeof(Bfloat16));
+    __builtin_memcpy(y, &halves, std::max<int64_t>(count, 0) * sizeof(Bfloat16));
 }
 inline void store_some(int8_t* y, Floats x, int64_t count) {
     const __m128i bytes = _mm256_castsi256_si128(to_bytes({x, x, x, x}));
     if (count >= kLanes) return _mm_storel_epi64(reinterpret_cast<__m128i*>(y), bytes);
-    __builtin_memcpy(y, &bytes, count);
+    __builtin_memcpy(y, &bytes, std::max<int64_t>(count, 0));
 }
 
 // x in some lanes, zero in the others.

@@ -14,7 +14,6 @@ constexpr int64_t kVectorBytes = 64;
 using Floats = __m512;
 using Ints = __m512i;  // 16 of 32 bits, or bytes
 using Lanes = __mmask16;
-using Bfloat16 = uint16_t;
 
 // The first `count` lanes; none below 1, all from kLanes on.
 inline Lanes first_lanes(int64_t count) {
@@ -42,7 +41,7 @@ inline Floats load(const int8_t* x) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
-// The first `count` of them, at most kLanes; zero in the other lanes. No more is read.
+// The first `count` of them, as first_lanes counts; zero in the other lanes. No more is read.
 inline Floats load_some(const float* x, int64_t count) {
     return _mm512_maskz_loadu_ps(first_lanes(count), x);
 }
@@ -67,7 +66,7 @@ inline __m128i to_bytes(Floats x) { return _mm512_cvtsepi32_epi8(_mm512_cvtps_ep
 inline __m256i to_bytes(const Floats (&x)[2]) {
     return _mm256_set_m128i(to_bytes(x[1]), to_bytes(x[0]));
 }
-// The first `count` lanes, at most kLanes. No more is written.
+// The first `count` lanes, as first_lanes counts. No more is written.
 inline void store_some(float* y, Floats x, int64_t count) {
     _mm512_mask_storeu_ps(y, first_lanes(count), x);
 }
@@ -110,7 +109,6 @@ template <int kCount>
 inline Ints shift_left(Ints x) { return _mm512_slli_epi32(x, kCount); }
 template <int kCount>
 inline Ints shift_right(Ints x) { return _mm512_srli_epi32(x, kCount); }
-
 
 // Weights from bits [4 i, 4 i + 4) of each lane, which hold weight + 8. vpermps ignores other bits.
 inline Floats int4_weights(Ints bits, int i) {

@@ -197,14 +197,19 @@ def _runnable(model: Decoder) -> Model:
 def _log(info: EngineInfo) -> None:
     layers = Counter((info.schemes.get(name, "?"), op) for name, op in info.operators.items())
     operators = ", ".join(f"{n} x {scheme} on {op}" for (scheme, op), n in layers.most_common())
-    kernels = native.instruction_set() if blocks.NAME in info.operators.values() else "none"
-    if kernels != "none" and native.has_amx():
-        kernels += " and AMX"
     _logger.info(
         "native engine: weights %.1f MiB, cache %.1f MiB; decoding: %s; layers: %s; kernels: %s",
         info.weight_bytes / MIB,
         info.cache_bytes / MIB,
         info.decoding,
         operators or "as they are",
-        kernels,
+        _kernels(info),
     )
+
+
+def _kernels(info: EngineInfo) -> str:
+    """Return what the C++ kernels are compiled for, those of int8 rows apart where they differ."""
+    name = native.instruction_set() or "none"
+    int8_layers = (layer for layer, scheme in info.schemes.items() if scheme in ("w8a8", "w4a8"))
+    on_kernels = any(info.operators.get(layer) == blocks.NAME for layer in int8_layers)
+    return f"{name}, int8 rows on AMX" if on_kernels and native.has_amx() else name
