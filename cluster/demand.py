@@ -35,7 +35,9 @@ class TrainingDemand(StrictModel):
     tokens_per_step: int = Field(ge=1, description="Tokens of an optimizer step, all workers.")
     steps: int = Field(ge=1, description="Optimizer steps.")
     eval_tokens: int = Field(0, ge=0, description="Tokens of all validation passes, one worker.")
-    precision: Literal["fp32", "bf16"] = Field(description="Of matrix products.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        description="Of matrix products; auto: as fits the devices."
+    )
     num_workers: int = Field(ge=1, description="Data-parallel workers.")
     cpus_per_worker: float = Field(gt=0, description="Cores of a worker.")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of a worker.")

@@ -8,7 +8,7 @@ import datetime
 import difflib
 import platform
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -118,6 +118,16 @@ def peak_flops(accelerator: Accelerator, precision: Precision, count: float = 1.
             f"{', '.join(accelerator.tflops)}. Set `precision`, or use other hardware."
         )
     return accelerator.tflops[precision] * 1e12 * count
+
+
+def training_precision(devices: Iterable[Accelerator]) -> Literal["fp32", "bf16"]:
+    """Return what `precision: auto` means: bf16 where every device multiplies it faster than fp32.
+
+    Where a CPU has no instruction for it, autocast converts back and forth, and takes twice as long
+    and more.
+    """
+    are_faster = all(d.tflops.get("bf16", 0.0) > d.tflops.get("fp32", 0.0) for d in devices)
+    return "bf16" if are_faster else "fp32"
 
 
 def detect_cpu() -> Accelerator:

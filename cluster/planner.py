@@ -15,7 +15,7 @@ from pydantic import Field
 from cluster.config import StrictModel
 from cluster.demand import TrainingDemand
 from cluster.errors import PlacementError
-from cluster.hardware import Accelerator, Catalogue, peak_flops
+from cluster.hardware import Accelerator, Catalogue, peak_flops, training_precision
 from cluster.inventory import Inventory, Node
 from cluster.memory import MemoryItem, training_memory
 from cluster.units import Band, format_band, format_bytes, format_hours, format_usd
@@ -92,7 +92,11 @@ def plan_training(
     nodes = {node.id: node for node in inventory.nodes if node.id in placement}
     warnings: list[str] = []
     devices = {name: _device(demand, node, catalogue, warnings) for name, node in nodes.items()}
-    slowest = min(devices.values(), key=lambda device: peak_flops(device, demand.precision))
+    precision = (
+        training_precision(devices.values()) if demand.precision == "auto" else demand.precision
+    )
+    demand = demand.replace(precision=precision)
+    slowest = min(devices.values(), key=lambda device: peak_flops(device, precision))
     per_worker = demand.gpus_per_worker or demand.cpus_per_worker
     capacity_bytes = min(
         _capacity_bytes(demand, node, placement[name], devices[name])
@@ -101,7 +105,7 @@ def plan_training(
     memory = training_memory(demand, on_gpu=slowest.kind != "cpu")
     _check_memory(demand, memory, capacity_bytes)
     flops = training_flops(demand)
-    peak = peak_flops(slowest, demand.precision, per_worker * demand.num_workers)
+    peak = peak_flops(slowest, precision, per_worker * demand.num_workers)
     hours = _hours(demand, flops, peak, slowest.kind)
     is_spot = all(node.is_spot for node in nodes.values())
     usd_per_h = _usd_per_h(placement, nodes, devices, per_worker, warnings)

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from cluster.config import StrictModel
 from jobs.config.model import ModelConfig
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 class DataConfig(StrictModel):
@@ -78,7 +78,10 @@ class TrainConfig(StrictModel):
     )
     micro_batch_size: int = Field(8, ge=1, description="Sequences per forward pass on one worker.")
     max_steps: int = Field(100, ge=1, description="Optimizer steps.")
-    precision: Precision = Field("bf16", description="fp32, or bf16 autocast.")
+    precision: Precision = Field(
+        "auto",
+        description="fp32, or bf16 autocast; auto: bf16 where every worker computes faster in it.",
+    )
     compile: bool = Field(False, description="Use torch.compile on each block.")
     seed: int = Field(0, description="Seed of weights and data order.")
     log_every_steps: int = Field(10, ge=1, description="Steps between progress lines.")

@@ -102,7 +102,7 @@ class _Progress:
         num_parameters = sum(parameter.numel() for parameter in setup.model.parameters())
         decoder: Any = setup.model.config
         flops = flops_per_token(decoder, num_parameters, config.seq_len)
-        peak = peak_flops_per_s(config.precision, setup.device, setup.world)
+        peak = peak_flops_per_s(setup.precision, setup.device, setup.world)
         self._mfu_per_token_per_s = flops / peak if peak is not None else None
 
     def add(self, duration_s: float) -> None:
@@ -137,7 +137,7 @@ def _one_step(setup: Setup, step: int, progress: _Progress) -> StepMetrics:
     if not (math.isfinite(loss) and math.isfinite(norm.item())):
         raise TrainingError(
             f"step {step + 1}: the loss is {loss} and the gradient norm {norm.item()}, with "
-            f"optimizer.lr={config.optimizer.lr} and precision={config.precision}. Lower "
+            f"optimizer.lr={config.optimizer.lr} and precision={setup.precision}. Lower "
             "optimizer.lr or lengthen schedule.warmup_steps, and choose another `name`."
         )
     optimizer.step()
@@ -172,7 +172,7 @@ def _accumulate_gradients(setup: Setup, step: int) -> Tensor:
         ).to(setup.device)
         is_last = micro == config.accumulation_steps - 1
         with _without_exchange(setup.parallel, is_last=is_last):
-            with forward_context(config.precision, setup.device):
+            with forward_context(setup.precision, setup.device):
                 logits_BTV = setup.parallel(rows[:, :-1])
             loss = functional.cross_entropy(logits_BTV.flatten(0, 1), rows[:, 1:].flatten())
             (loss / config.accumulation_steps).backward()
@@ -206,7 +206,7 @@ def _validate(setup: Setup, step: int, progress: _Progress) -> float:
         seq_len=config.seq_len,
         num_sequences=config.eval_sequences,
         batch_size=config.micro_batch_size,
-        precision=config.precision,
+        precision=setup.precision,
         world=setup.world,
     )
     progress.validation = (step, loss)

@@ -15,9 +15,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cluster import hardware
 from cluster.storage import storage_errors
-from jobs.config import DecoderConfig, Precision
+from jobs.config import DecoderConfig
 from jobs.training.metrics_file import METRICS_FILE, as_lines, cut_back
 from jobs.training.outcome import StepMetrics
+from jobs.training.precision import Computed
 from jobs.training.world import World
 
 _logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def flops_per_token(config: DecoderConfig, num_parameters: int, seq_len: int) ->
     return 6.0 * num_parameters + 12.0 * config.num_layers * attention_width * reach
 
 
-def peak_flops_per_s(precision: Precision, device: torch.device, world: World) -> float | None:
+def peak_flops_per_s(precision: Computed, device: torch.device, world: World) -> float | None:
     """Return the dense peak of all workers together: their threads' cores, or their GPUs.
 
     None for a GPU that the catalogue does not know; that is logged as a warning.

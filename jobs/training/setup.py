@@ -21,6 +21,7 @@ from jobs.data.tokenizer import check_fits, load_tokenizer
 from jobs.data.tokens import TokenSplit, open_split
 from jobs.plugins import load_plugin
 from jobs.training.optim import build_optimizer
+from jobs.training.precision import Computed, resolve
 from jobs.training.world import World, device_of
 
 
@@ -31,6 +32,7 @@ class Setup:
     config: TrainConfig
     world: World
     device: torch.device
+    precision: Computed
     model: nn.Module
     parallel: nn.Module
     optimizer: AdamW
@@ -66,6 +68,7 @@ def set_up(config: TrainConfig, data_dir: Path, world: World) -> Setup:
         config=config,
         world=world,
         device=device,
+        precision=resolve(config.precision, device, world),
         model=model,
         parallel=parallel,
         optimizer=build_optimizer(model, config.optimizer),

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jobs.config import Precision
 from jobs.data.tokens import TokenSplit
-from jobs.training.precision import forward_context
+from jobs.training.precision import Computed, forward_context
 from jobs.training.world import World
 
 
@@ -29,7 +28,7 @@ def validation_loss(
     seq_len: int,
     num_sequences: int,
     batch_size: int,
-    precision: Precision,
+    precision: Computed,
     world: World,
 ) -> float:
     """Return the mean loss in nats per token over sequences spread evenly across the split.

@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_training import losses, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cluster import hardware
 from cluster.errors import ConfigError, IntegrityError, TrainingError
 from cluster.storage import verify_directory
 from jobs.config import DecoderConfig, TrainConfig
@@ -75,6 +76,24 @@ def test_training_when_bf16_and_fp32_are_compared_is_close(
         list(losses(control).values()), abs=0.02
     )
     assert losses(tmp_path) != losses(control)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "meant"), [("cpu-avx2", "fp32"), ("cpu-avx512", "fp32"), ("cpu-amx", "bf16")]
+)
+def test_training_when_precision_is_auto_is_what_this_cpu_is_faster_in(
+    cpu: str,
+    meant: str,
+    tiny_corpus: str,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hardware, "detect_cpu", lambda: hardware.load_catalogue().find(cpu))
+    changes = {"max_steps": 2}
+    _train(tiny_config(tiny_corpus, precision="auto", **changes), tiny_data, tmp_path / "auto")
+    _train(tiny_config(tiny_corpus, precision=meant, **changes), tiny_data, tmp_path / "meant")
+    assert losses(tmp_path / "auto") == losses(tmp_path / "meant")
 
 
 def test_training_when_accumulating_gives_the_same_losses(

@@ -155,6 +155,17 @@ def test_plan_when_device_lacks_the_precision_is_refused() -> None:
         plan(ON_ONE_GPU, inventory)
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "precision"), [("T4", "fp32"), ("A100", "bf16"), ("H100", "bf16")]
+)
+def test_plan_when_precision_is_auto_takes_what_the_device_is_faster_in(
+    accelerator: str, precision: str
+) -> None:
+    demand = ON_ONE_GPU.replace(precision="auto")
+    result = plan(demand, machines(8, gpus=1, accelerator=accelerator))
+    assert result.demand.precision == precision
+
+
 def test_plan_when_gpu_is_not_in_the_catalogue_names_it() -> None:
     with pytest.raises(ConfigError, match="no accelerator `V100`"):
         plan(
