@@ -227,7 +227,7 @@ def test_rows_when_given_room_fill_it() -> None:
     assert torch.equal(filled.values_NS, quantize(random(5, 40)).values_NS)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 6, 12])
+@pytest.mark.parametrize("rows", [1, 4, 6, 12, 32])
 @pytest.mark.parametrize(
     ("layout", "value"),
     [

@@ -152,8 +152,6 @@ inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints bits_of(Ints a, Ints mask) { return _mm256_and_si256(a, mask); }
 template <int kCount>
 inline Ints shift_left(Ints x) { return _mm256_slli_epi32(x, kCount); }
-template <int kCount>
-inline Ints shift_right(Ints x) { return _mm256_srli_epi32(x, kCount); }
 
 // Weights from bits [4 i, 4 i + 4) of each lane, which hold weight + 8.
 inline Floats int4_weights(Ints bits, int i) {

@@ -107,8 +107,6 @@ inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints bits_of(Ints a, Ints mask) { return _mm512_and_si512(a, mask); }
 template <int kCount>
 inline Ints shift_left(Ints x) { return _mm512_slli_epi32(x, kCount); }
-template <int kCount>
-inline Ints shift_right(Ints x) { return _mm512_srli_epi32(x, kCount); }
 
 // Weights from bits [4 i, 4 i + 4) of each lane, which hold weight + 8. vpermps ignores other bits.
 inline Floats int4_weights(Ints bits, int i) {
