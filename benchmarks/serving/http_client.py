@@ -26,7 +26,6 @@ class Content:
     """What a reply says; the time of a token is that of the bytes that completed it."""
 
     status: int = 0
-    headers: bytes = b""
     tokens: tuple[int, ...] = ()
     times_s: tuple[float, ...] = ()
     is_whole: bool = False
@@ -91,7 +90,7 @@ def read(received: Sequence[tuple[float, bytes]]) -> Content:
         return Content()
     status = int(headers.split(b" ", 2)[1])
     if status != 200:
-        return Content(status, headers, error=body.decode(errors="replace"))
+        return Content(status, error=body.decode(errors="replace"))
     arrivals = iter(received)
     tokens: list[int] = []
     times_s: list[float] = []
@@ -112,7 +111,7 @@ def read(received: Sequence[tuple[float, bytes]]) -> Content:
             ids = choice.get("token_ids") or ()
             tokens += ids
             times_s += [now_s] * len(ids)
-    return Content(status, headers, tuple(tokens), tuple(times_s), is_whole, error)
+    return Content(status, tuple(tokens), tuple(times_s), is_whole, error)
 
 
 class Served:
