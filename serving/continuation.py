@@ -34,6 +34,10 @@ class NoReplicaError(Exception):
     """No replica took the request in time; the text says so to a client."""
 
 
+class EngineLostError(Exception):
+    """A replica that can be reached could not end an answer."""
+
+
 class Attempt(Protocol):
     """A request at one replica."""
 
@@ -81,6 +85,7 @@ class ResumableEvents:
         self._failed: set[str] = set()
         self._num_losses = 0
         self._has_started = self._is_done = False
+        self._is_resumed = False  # The present attempt goes on after tokens of another one.
         self._began_s = time.monotonic()
         self._first_token_s: float | None = None
 
@@ -104,6 +109,11 @@ class ResumableEvents:
         """Cancel the request unless it has ended."""
         if not self._is_done:
             self._is_done = True
+            # What it waits for would have taken at least as long: a version that hangs is slow.
+            if self._first_token_s is None:
+                self._outcomes.add_first_token(time.monotonic() - self._began_s)
+            else:
+                self._note_gaps(self._num_tokens)
             if self._attempt is not None:
                 attempt, self._attempt = self._attempt, None
                 attempt.release()
@@ -111,6 +121,7 @@ class ResumableEvents:
 
     async def _next_batch(self) -> list[Event]:
         if self._attempt is None:
+            self._is_resumed = self._has_started
             self._attempt = await self._replicas.attempt(
                 self._rest(),
                 failed=self._failed,
@@ -161,7 +172,10 @@ class ResumableEvents:
 
     def _refuse(self, refused: Refused) -> list[Event]:
         if refused.code == ENGINE_FAILED:
-            return self._give_up_or_go_on(ReplicaLostError(refused.message))
+            return self._give_up_or_go_on(EngineLostError(refused.message))
+        if self._is_resumed and refused.status < HTTPStatus.INTERNAL_SERVER_ERROR:
+            # Another replica took it as it was sent: this is not the client's mistake.
+            return self._finish(unavailable(refused.message))
         return self._finish(refused)
 
     def _give_up_or_go_on(self, error: Exception) -> list[Event]:
@@ -169,7 +183,9 @@ class ResumableEvents:
         if isinstance(error, NoReplicaError):
             return self._finish(unavailable(str(error)))
         if self._attempt is not None:
-            self._failed.add(self._attempt.replica)
+            # A connection that broke may be open again in a moment, and is not asked until then.
+            if not isinstance(error, ReplicaLostError):
+                self._failed.add(self._attempt.replica)
             self._attempt.release()
             self._attempt = None
         if isinstance(error, DeclinedError):
@@ -187,19 +203,25 @@ class ResumableEvents:
 
     def _end_of_attempt(self) -> list[Event]:
         # Nothing a replica of ours does; whatever it was, the answer is not cut short silently.
-        return self._give_up_or_go_on(ReplicaLostError("the replica ended an answer too early"))
+        return self._give_up_or_go_on(EngineLostError("the replica ended an answer too early"))
 
     def _finish(self, refused: Refused | None) -> list[Event]:
         self._is_done = True
         if self._attempt is not None:
             self._attempt.release()
-        is_failed = refused is not None and refused.status >= HTTPStatus.INTERNAL_SERVER_ERROR
-        self._outcomes.ended(is_failed=is_failed)
-        num_tokens = max(len(choice.token_ids) for choice in self._choices)
-        if self._first_token_s is not None and num_tokens > 1:
-            elapsed_s = time.monotonic() - self._first_token_s
-            self._outcomes.add_between_tokens(elapsed_s / (num_tokens - 1))
+        self._outcomes.ended(is_failed=refused is not None)
+        self._note_gaps(self._num_tokens - 1)
         return [] if refused is None else [refused]
+
+    @property
+    def _num_tokens(self) -> int:
+        return max(len(choice.token_ids) for choice in self._choices)
+
+    def _note_gaps(self, num_gaps: int) -> None:
+        """Count the mean of so many gaps between tokens, of which the last ends now."""
+        if self._first_token_s is not None and num_gaps > 0:
+            elapsed_s = time.monotonic() - self._first_token_s
+            self._outcomes.add_between_tokens(elapsed_s / num_gaps)
 
 
 def unavailable(message: str) -> Refused:

@@ -11,7 +11,6 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from http import HTTPStatus
 
 import msgspec
 
@@ -124,10 +123,7 @@ class Fleet:
         """Return vectors, from another replica if one is lost."""
         outcomes = self._counted(model, request.team)
         answer = await self._embed(model, request)
-        outcomes.ended(
-            is_failed=isinstance(answer, Refused)
-            and answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR
-        )
+        outcomes.ended(is_failed=isinstance(answer, Refused))
         return answer
 
     def stats(self) -> Sequence[ReplicaStats]:
@@ -170,15 +166,15 @@ class Fleet:
             await self._membership.wait_change(left_s)
 
     def _patience_s(self, model: ServedModel, *, is_begun: bool) -> float:
-        if is_begun:
-            return self._waits.replacement_s
-        is_known = any(is_of(entry, model) for entry in self._membership.snapshot.replicas)
+        known = [e for e in self._membership.snapshot.replicas if is_of(e, model)]
         route = self._table.find(model.reference)
         if route is not None and route.scales_to_zero:
-            if not is_known:
+            if all(entry.is_draining for entry in known):
                 self._wake_up(route)
             return self._waits.cold_start_s
-        return self._waits.connect_s if is_known else 0.0
+        if is_begun:
+            return self._waits.replacement_s
+        return self._waits.connect_s if known else 0.0
 
     def _wake_up(self, route: Route) -> None:
         task = self._waking.get(route.reference)
@@ -196,23 +192,29 @@ class Fleet:
     async def _embed(self, model: ServedModel, request: EmbeddingRequest) -> Embedded | Refused:
         affinity = affinity_of(request.team, "")
         failed: set[str] = set()
+        is_begun = False
+        tokens = sum(map(prompt_tokens, request.inputs))
         for _ in range(MAX_LOSSES):
             try:
-                member = await self.member(model, affinity, failed, is_begun=bool(failed))
+                member = await self.member(model, affinity, failed, is_begun=is_begun)
             except NoReplicaError as error:
                 return unavailable(str(error))
-            failed.add(member.entry.replica)
-            tokens = sum(map(prompt_tokens, request.inputs))
             member.tokens_in_flight += tokens
             try:
                 answer = await member.connection.embed(request)
-            except (ReplicaLostError, DeclinedError) as error:
+            except DeclinedError:
+                failed.add(member.entry.replica)
+                continue
+            except ReplicaLostError as error:  # Its connection may be open again in a moment.
                 _logger.warning("an embedding request lost its replica: %s", error)
+                is_begun = True
                 continue
             finally:
                 member.tokens_in_flight -= tokens
             if not isinstance(answer, Refused) or answer.code != ENGINE_FAILED:
                 return answer
+            failed.add(member.entry.replica)
+            is_begun = True
         return unavailable("the replicas that were asked failed. Try again in a moment.")
 
     def _counted(self, model: ServedModel, team: str) -> Outcomes:

@@ -22,7 +22,11 @@ class Outcomes:
     between_tokens: dict[int, int] = field(default_factory=dict)
 
     def ended(self, *, is_failed: bool) -> None:
-        """Count one request; failed means by the server's fault."""
+        """Count one request; failed means refused, whoever's fault it was.
+
+        A version that refuses what the other one answers is worse than it, and mistakes of clients
+        meet both alike.
+        """
         self.num_requests += 1
         self.num_failed += is_failed
 

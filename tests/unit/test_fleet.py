@@ -19,7 +19,7 @@ from serving.messages import (
     Started,
     TokenPrompt,
 )
-from serving.outcomes import Outcomes
+from serving.outcomes import Outcomes, count_above
 from serving.routing import Route, RoutingTable
 
 
@@ -118,12 +118,12 @@ def test_generate_when_many_ask_at_once_keeps_their_answers_apart():
     assert [tokens(events) for events in run(work())] == [list(range(n)) for n in range(1, 40)]
 
 
-async def lose_first(first, asked):
+async def lose_first(first, asked, second=None):
     """Return what a reader got whose replica is lost at a pause, and what another was asked."""
+    second = second or CountingReplica()
     async with setting(first) as made:
         reading = asyncio.create_task(collect(made.fleet.generate(MODEL, asked)))
         await first.is_paused.wait()
-        second = CountingReplica()
         await made.add(second)
         await made.ready(2)
         kill(made.hosts[0])
@@ -199,6 +199,60 @@ def test_generate_when_the_request_is_wrong_asks_no_other_replica():
     assert run(work()) == ([Refused(400, "too long")], 1)
 
 
+def test_generate_when_a_version_refuses_counts_a_failed_request():
+    async def work():
+        async with setting(CountingReplica(refusal=Refused(400, "no chat template"))) as made:
+            await collect(made.fleet.generate(MODEL, request()))
+            return made.fleet._outcomes[MODEL.reference]
+
+    outcomes = run(work())
+    assert (outcomes.num_requests, outcomes.num_failed) == (1, 1)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_generate_when_given_up_counts_the_time_that_was_waited(at):
+    async def work():
+        replica = CountingReplica(pause_at={at})
+        async with setting(replica) as made:
+            events = made.fleet.generate(MODEL, request())
+            reading = asyncio.create_task(collect(events))
+            await replica.is_paused.wait()
+            await asyncio.sleep(0.25)
+            reading.cancel()
+            await asyncio.wait([reading])
+            await events.aclose()
+            return made.fleet._outcomes[MODEL.reference]
+
+    outcomes = run(work())
+    times = outcomes.between_tokens if at else outcomes.first_token
+    assert count_above(times, 0.08) == 1  # Of 0.25 s, two tokens had come.
+    assert outcomes.num_requests == 0
+
+
+def test_generate_when_a_connection_breaks_goes_on_at_the_same_replica():
+    async def work():
+        replica = CountingReplica(pause_at={3})
+        async with setting(replica) as made:
+            asked = asyncio.create_task(collect(made.fleet.generate(MODEL, request())))
+            await replica.is_paused.wait()
+            replica.pause_at = set()
+            for session in list(made.hosts[0]._server._sessions):
+                session._transport.abort()
+            return await asked, len(replica.asked)
+
+    events, num_asked = run(work())
+    assert tokens(events) == list(range(8))
+    assert num_asked == 2
+
+
+def test_generate_when_the_next_replica_cannot_resume_says_to_try_again():
+    refusal = Refused(400, "structured output is not gone on with")
+    second = CountingReplica(refusal=refusal)
+    events, _ = run(lose_first(CountingReplica(pause_at={3}), request(), second))
+    assert tokens(events) == [0, 1, 2]
+    assert events[-1] == Refused(503, refusal.message, retry_after_s=1)
+
+
 class RaisingReplica(CountingReplica):
     """Fails at every request in a way that nobody foresaw."""
 
@@ -240,6 +294,21 @@ def test_generate_when_scaled_to_zero_wakes_the_model_and_waits():
     answers, woken = run(work())
     assert [tokens(events) for events in answers] == [list(range(8))] * 3
     assert [route.application for route in woken] == ["engine--tiny--1"]  # Once for all three.
+
+
+def test_generate_when_the_last_replica_leaves_wakes_the_model_for_what_it_answered():
+    async def work():
+        first = CountingReplica(pause_at={3})
+        async with setting(first, scales_to_zero=True, waits=Waits(0.1, 0.1, 5.0)) as made:
+            made.on_wake = lambda: made.add(CountingReplica())
+            asked = asyncio.create_task(collect(made.fleet.generate(MODEL, request())))
+            await first.is_paused.wait()
+            await made.hosts[0].stop(0.05)
+            return await asked, len(made.woken)
+
+    events, num_woken = run(work())
+    assert tokens(events) == list(range(8))
+    assert num_woken == 1
 
 
 def test_generate_when_closed_early_cancels_at_the_replica():
