@@ -7,7 +7,7 @@ what is done about the answer.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -60,7 +60,7 @@ def check_takeover(
     the offline reference cannot read (it embeds, or only another engine reads it) is not compared,
     and a warning says so. The model is read once more, into this process.
     """
-    prompts, offline = _offline(entry, route.get("context_tokens"))
+    prompts, offline = offline_reference(entry, route.get("context_tokens"))
     if not prompts:
         return
     try:
@@ -84,25 +84,33 @@ def check_takeover(
         )
 
 
-def _offline(entry: Entry, context_tokens: int | None) -> tuple[list[str], list[str]]:
+def offline_reference(
+    entry: Entry,
+    context_tokens: int | None,
+    asked: Sequence[str] = PROMPTS,
+    max_tokens: int = MAX_TOKENS,
+) -> tuple[list[str], list[str]]:
     """Return the prompts that fit a version, and their answers; none where there is no reference.
 
-    Raises IntegrityError for a damaged model.
+    What is left out is logged. Raises IntegrityError for a damaged model.
     """
     try:
         tokenizer = load_tokenizer(entry.path)
         prompts = [
             prompt
-            for prompt in PROMPTS
+            for prompt in asked
             if context_tokens is None
-            or len(tokenizer.encode(prompt)) + MAX_TOKENS <= context_tokens
+            or len(tokenizer.encode(prompt)) + max_tokens <= context_tokens
         ]
+        if num_long := len(asked) - len(prompts):
+            left_out = "%d of %d prompts and their answers do not fit into the %d tokens of %s"
+            _logger.warning(left_out, num_long, len(asked), context_tokens, entry.reference)
         if prompts:
-            return prompts, offline_answers(entry.path, prompts, max_tokens=MAX_TOKENS)
+            return prompts, offline_answers(entry.path, prompts, max_tokens=max_tokens)
         reason = f"no prompt fits into its {context_tokens} tokens."
     except (ModelFormatError, TokenizerError) as error:
         reason = f"there is no offline reference for it: {error.message}"
-    _logger.warning("%s takes over without a comparison: %s", entry.reference, reason)
+    _logger.warning("%s is not compared with its model: %s", entry.reference, reason)
     return [], []
 
 

@@ -8,10 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle, islice
 from pathlib import Path
-
-import httpx
 
 from cluster.errors import ClusterError, ConfigError
 from cluster.storage import resolve_output
@@ -25,17 +22,16 @@ from jobs.applications import (
     without_other_versions,
 )
 from jobs.deploy import Api, apply, wait_until_running
-from jobs.evaluation.parity import Endpoint, check_parity
+from jobs.evaluation.parity import Endpoint, compare
 from jobs.registry import Entry, Registry
-from jobs.takeover import PROMPTS, endpoint
+from jobs.takeover import PROMPTS, endpoint, offline_reference
+from serving.comparison import Comparison
 from serving.loop_thread import LoopThread
 from serving.outcomes import Outcomes, total
 from serving.ray_directory import RayDirectory
 from serving.rollout import Absence, Observation, PromoteConfig, RolloutState
 
 LEASE_S = 20.0
-_ASK_TIMEOUT_S = 5.0
-_COMPARED_AT_A_TIME = 2
 _KEY_MARGIN_S = 3600.0
 
 
@@ -75,35 +71,35 @@ class Canary:
         self._directory = RayDirectory()
         self._lease = f"{self._entry.reference}-{uuid.uuid4().hex[:8]}"
         self._prompts = _prompts(config)
-        self._next_prompts = cycle(self._prompts)
         self._began_s = 0.0
         self._absence = Absence()
         self._ours: set[str] = set()  # Applications that it may stop: later ones are of others.
+        # What was there before, and is there again after a roll-back.
+        self._lines: list[App] = []
+        self._own_app: App | None = None
         self._before: dict[str, dict[str, Outcomes]] = {}
-        self._num_compared = self._num_disagreeing = 0
+        self._comparison = self._compare(self._prompts)
 
     def start(self) -> None:
         """Bring the new version up with what the old one has, and no share of the requests."""
         apps = running_apps(self._api.details())
+        lines = own_routes(apps, self._config.application, self._entry.name)
+        self._lines = [line for line in lines if not self._is_new(line) or not line.get("lease")]
+        if any(map(self._is_new, self._lines)):  # Else it is of a rollout that died.
+            self._own_app = apps.get(self._new["application"])
         old = apps[self._baseline["application"]]
         new = {**old, "name": self._new["application"], "args": {**old["args"]}}
         new["args"]["model"] = self._entry.reference
         apps[new["name"]] = new
         self._ours = set(apps)
-        self._put(apps, [self._baseline, {**self._new, "weight": 0.0}])
+        self._put(apps, [*self._others(apps), {**self._new, "weight": 0.0}])
 
     def observe(self, state: RolloutState) -> Observation:
         """Return what is seen now, and renew the lease of the share."""
         if state is RolloutState.CHECKING:
-            report = check_parity(
-                self._entry.path,
-                self._endpoint,
-                self._prompts,
-                max_tokens=self._config.max_tokens,
-            )
-            return Observation(parity=report.num_equal / report.num_prompts)
+            return self._check()
         self._renew()
-        self._compare()
+        self._comparison.ask_some()
         self._renew()
         said = self._thread.run(self._directory.outcomes())
         snapshot = self._thread.run(self._directory.watch(-1, 0.0))
@@ -112,14 +108,13 @@ class Canary:
             for replica in snapshot.replicas
             if f"{replica.model}@{replica.version}" == self._entry.reference
         ]
-        old = f"{self._baseline['name']}@{self._baseline['version']}"
         return Observation(
             elapsed_s=time.monotonic() - self._began_s,
             absent_s=self._absence.look(len(replicas), time.monotonic()),
             canary=self._since(said, self._entry.reference),
-            baseline=self._since(said, old),
-            num_compared=self._num_compared,
-            num_disagreeing=self._num_disagreeing,
+            baseline=self._since(said, self._old.reference),
+            num_compared=self._comparison.num_compared,
+            num_disagreeing=self._comparison.num_disagreeing,
         )
 
     def give_share(self, ratio: float) -> None:
@@ -127,8 +122,11 @@ class Canary:
         self._before = self._thread.run(self._directory.outcomes())
         self._renew()
         apps = running_apps(self._api.details())
-        old = {**self._baseline, "weight": 1.0 - ratio}
-        self._put(apps, [old, {**self._new, "weight": ratio, "lease": self._lease}])
+        others = self._others(apps)
+        total = sum(_weight(line) for line in others)
+        for line in others:
+            line["weight"] = (1.0 - ratio) * _weight(line) / total
+        self._put(apps, [*others, {**self._new, "weight": ratio, "lease": self._lease}])
         self._began_s = time.monotonic()
 
     def finish(self, state: RolloutState) -> None:
@@ -145,13 +143,72 @@ class Canary:
                 f"the application `{route['application']}` of {winner.reference} no longer runs: "
                 "another deployment stopped it, and its routes stay"
             )
-        self._put(apps, [{**route, "weight": 1.0}], waits_for_engine=is_promoted)
+        if not self._ours:
+            return  # It has not begun.
+        lines = self._lines_after_promotion(apps) if is_promoted else self._lines_before(apps)
+        self._put(apps, lines, waits_for_engine=is_promoted)
         if is_promoted:
             registry = Registry(resolve_output(self._config.registry))
             registry.promote(self._entry.name, self._entry.version)
         self._thread.run(self._directory.end_lease(self._lease))
-        if kept := without_other_versions(running_apps(self._api.details()), winner, self._ours):
+        now = running_apps(self._api.details())
+        if is_promoted:
+            kept = without_other_versions(now, winner, self._ours)
+        else:
+            kept = self._without_new(now)
+        if kept is not None:
             apply(self._api, kept)
+
+    def _check(self) -> Observation:
+        """Compare the new version with its model; what fits it is what both are asked later."""
+        config = self._config
+        if config.limits.min_parity == 0:
+            return Observation(is_compared=False)
+        prompts, offline = offline_reference(
+            self._entry, self._new.get("context_tokens"), self._prompts, config.max_tokens
+        )
+        if not prompts:
+            return Observation(is_compared=False)
+        self._comparison = self._compare(prompts)
+        report = compare(prompts, offline, self._endpoint, max_tokens=config.max_tokens)
+        return Observation(parity=report.num_equal / report.num_prompts)
+
+    def _compare(self, prompts: Sequence[str]) -> Comparison:
+        versions = self._old.reference, self._entry.reference
+        return Comparison(self._endpoint, *versions, prompts, self._config.max_tokens)
+
+    def _lines_after_promotion(self, apps: dict[str, App]) -> list[App]:
+        """Return the new version's line, and those that came since: others check theirs."""
+        known = {line["version"] for line in self._lines}
+        later = [line for line in self._others(apps) if line["version"] not in known]
+        return [{**self._new, "weight": 1.0}, *later]
+
+    def _lines_before(self, apps: dict[str, App]) -> list[App]:
+        """Return the lines there are now, with the weights that they had."""
+        weights = {line["version"]: _weight(line) for line in self._lines}
+        lines = [
+            {**line, "weight": weights.get(line["version"], _weight(line))}
+            for line in self._others(apps)
+        ]
+        if all(line["version"] != self._old.version for line in lines):
+            lines.append(self._baseline)
+        return [*lines, *filter(self._is_new, self._lines)]
+
+    def _is_new(self, line: App) -> bool:
+        return bool(line["version"] == self._entry.version)
+
+    def _others(self, apps: dict[str, App]) -> list[App]:
+        """Return the lines of the name's other versions as they are now."""
+        lines = own_routes(apps, self._config.application, self._entry.name)
+        return [line for line in lines if not self._is_new(line)]
+
+    def _without_new(self, apps: dict[str, App]) -> dict[str, App] | None:
+        """Return the applications with the new version's as it was before; None: nothing to do."""
+        name = self._new["application"]
+        if name not in self._ours or name not in apps or apps[name] == self._own_app:
+            return None
+        kept = {key: app for key, app in apps.items() if key != name}
+        return kept if self._own_app is None else {**kept, name: self._own_app}
 
     def _put(
         self, apps: dict[str, App], own: Sequence[App], *, waits_for_engine: bool = True
@@ -164,35 +221,6 @@ class Canary:
 
     def _renew(self) -> None:
         self._thread.run(self._directory.renew_lease(self._lease, LEASE_S))
-
-    def _compare(self) -> None:
-        """Ask both versions a few prompts; they count here alone, and only if both answer."""
-        with httpx.Client(timeout=_ASK_TIMEOUT_S, trust_env=False) as client:
-            for prompt in islice(self._next_prompts, _COMPARED_AT_A_TIME):
-                old, new = (
-                    self._ask(client, f"{self._entry.name}@{version}", prompt)
-                    for version in (self._baseline["version"], self._entry.version)
-                )
-                if old is not None and new is not None:
-                    self._num_compared += 1
-                    self._num_disagreeing += old != new
-
-    def _ask(self, client: httpx.Client, model: str, prompt: str) -> str | None:
-        body = {
-            "model": model,
-            "prompt": prompt,
-            "max_tokens": self._config.max_tokens,
-            "temperature": 0,
-        }
-        headers = {"Authorization": f"Bearer {self._endpoint.api_key}"}
-        url = f"{self._endpoint.base_url}/completions"
-        try:
-            response = client.post(url, headers=headers, json=body)
-        except httpx.HTTPError:
-            return None
-        if response.status_code != httpx.codes.OK:
-            return None
-        return str(response.json()["choices"][0]["text"])
 
     def _since(self, said: dict[str, dict[str, Outcomes]], reference: str) -> Outcomes:
         """Return what happened to a version since the canary began, at all gateways."""
@@ -207,8 +235,8 @@ def _baseline(apps: dict[str, App], config: PromoteConfig, entry: Entry) -> App:
     """Return the route that answers for the name now."""
     routes = own_routes(apps, config.application, entry.name)
     others = [r for r in routes if r["version"] != entry.version and r.get("lease") is None]
-    found = max(others, key=lambda route: float(route.get("weight", 1.0)), default=None)
-    if found is None:
+    found = max(others, key=_weight, default=None)
+    if found is None or not _weight(found):
         raise ConfigError(
             f"no other version of `{entry.name}` answers at `{config.application}`, so there is "
             f"nothing to compare {entry.reference} with. Offer it with "
@@ -237,6 +265,10 @@ def _new_route(apps: dict[str, App], entry: Entry, baseline: App) -> App:
         "application": engine_name(entry.name, entry.version),
         **described(entry, options),
     }
+
+
+def _weight(line: App) -> float:
+    return float(line.get("weight", 1.0))
 
 
 def _prompts(config: PromoteConfig) -> tuple[str, ...]:

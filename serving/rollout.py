@@ -84,13 +84,15 @@ class PromoteConfig(StrictModel):
 class Observation:
     """What was seen since the rollout began, or since the canary did.
 
-    `parity` is a share of prompts, None before it was measured. Shares of failures and times are of
+    `parity` is a share of prompts, None before it was measured, and if it is not compared with
+    what its model says offline. Shares of failures and times are of
     the time since the canary got requests. `absent_s` is for how long the directory has named no
     replica of the version, None where it names one now.
     """
 
     elapsed_s: float = 0.0
     parity: float | None = None
+    is_compared: bool = True
     absent_s: float | None = None
     canary: Outcomes = field(default_factory=Outcomes)
     baseline: Outcomes = field(default_factory=Outcomes)
@@ -137,6 +139,8 @@ def decide(state: RolloutState, seen: Observation, limits: RolloutLimits) -> Dec
 
 
 def _after_check(seen: Observation, limits: RolloutLimits) -> Decision:
+    if not seen.is_compared:
+        return Decision(RolloutState.CANARY, "it is not compared with what its model says offline")
     if seen.parity is None:
         return Decision(RolloutState.CHECKING, "parity was not measured yet")
     found = f"{seen.parity:.0%} of the prompts are answered as offline"

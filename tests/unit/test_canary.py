@@ -99,6 +99,62 @@ def test_finish_when_rolled_back_stops_the_new_version_and_no_later_one(registry
     assert [route["version"] for route in routes_of(api.apps, "gateway")] == ["1"]
 
 
+def side_by_side(registry: Registry, **added: Any) -> FakeApi:
+    """Return an API of a cluster where tiny@1 and tiny@0 share the requests."""
+    api = serving(registry, weight=0.75)
+    (line,) = routes_of(api.apps, "gateway")
+    engine = {**api.apps["engine--tiny--1"], "name": "engine--tiny--0"}
+    sibling = {**line, "version": "0", "application": engine["name"], "weight": 0.25}
+    lines = [line, sibling, *([{**line, **added}] if added else [])]
+    api.apps = with_routes({**api.apps, engine["name"]: engine}, "gateway", lines)
+    api.may_change = True
+    return api
+
+
+def weights(api: FakeApi) -> dict[str, float]:
+    return {line["version"]: line["weight"] for line in routes_of(api.apps, "gateway")}
+
+
+def test_canary_when_a_sibling_shares_the_requests_keeps_its_part_and_gets_it_back(
+    registry: Registry,
+):
+    api = side_by_side(registry)
+    with prepare(config(registry), api) as canary:
+        canary._directory = LocalDirectory()
+        canary.start()
+        assert weights(api) == {"1": 0.75, "0": 0.25, "2": 0.0}
+        canary.give_share(0.2)
+        assert weights(api) == pytest.approx({"1": 0.6, "0": 0.2, "2": 0.2})
+        canary.finish(RolloutState.ROLLED_BACK)
+    assert weights(api) == {"1": 0.75, "0": 0.25}
+    assert set(api.apps) == {"engine--tiny--0", "engine--tiny--1", "gateway"}
+
+
+def test_finish_when_promoted_stops_siblings_and_keeps_what_came_since(registry: Registry):
+    api = side_by_side(registry)
+    with prepare(config(registry), api) as canary:
+        canary._directory = LocalDirectory()
+        canary.start()
+        lines = routes_of(api.apps, "gateway")
+        later = {**lines[0], "version": "3", "application": "engine--tiny--3", "weight": 0.0}
+        api.apps = with_routes(api.apps, "gateway", [*lines, later])
+        canary.finish(RolloutState.PROMOTED)
+    assert weights(api) == {"2": 1.0, "3": 0.0}
+    assert set(api.apps) == {"engine--tiny--2", "gateway"}
+
+
+def test_finish_when_the_version_was_offered_before_leaves_it_as_it_was(registry: Registry):
+    api = side_by_side(registry, version="2", application="engine--tiny--2", weight=0.0)
+    pinned = {**api.apps["engine--tiny--1"], "name": "engine--tiny--2", "route_prefix": "/pinned"}
+    api.apps["engine--tiny--2"] = pinned
+    with prepare(config(registry), api) as canary:
+        canary._directory = LocalDirectory()
+        canary.start()
+        canary.finish(RolloutState.ROLLED_BACK)
+    assert weights(api) == {"1": 0.75, "0": 0.25, "2": 0.0}
+    assert api.apps["engine--tiny--2"] == pinned
+
+
 @pytest.mark.parametrize("state", [RolloutState.PROMOTED, RolloutState.ROLLED_BACK])
 def test_finish_when_what_shall_answer_was_stopped_leaves_the_routes(
     registry: Registry, state: RolloutState
@@ -116,6 +172,7 @@ def test_finish_when_what_shall_answer_was_stopped_leaves_the_routes(
     [
         ({"version": "2"}, "nothing to compare tiny@2 with"),
         ({"lease": "of a rollout that died"}, "nothing to compare tiny@2 with"),
+        ({"weight": 0.0}, "nothing to compare tiny@2 with"),
         ({"task": "embed"}, "`tiny` embeds"),
         ({"application": "mine"}, "`mine`, which does not run"),
     ],

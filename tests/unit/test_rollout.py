@@ -37,6 +37,11 @@ def test_decide_when_parity_fails_rolls_back_and_says_by_how_much():
     assert "50%" in decision.reason
 
 
+def test_decide_when_nothing_is_compared_begins_the_canary():
+    decision = decide(RolloutState.CHECKING, Observation(is_compared=False), LIMITS)
+    assert (decision.state, "not compared" in decision.reason) == (CANARY, True)
+
+
 def test_decide_when_parity_is_not_measured_stays():
     assert decide(RolloutState.CHECKING, Observation(), LIMITS).state is RolloutState.CHECKING
 

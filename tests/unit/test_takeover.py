@@ -1,14 +1,12 @@
 """Whether a version may take over a name: a real model and ledger, and a server that may lie."""
 
 import json
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prompt_server import PromptServer, running_server
 from serving_service import publish
 
 from cluster.accounting import ROLLOUT_TEAM
@@ -22,39 +20,10 @@ from jobs.takeover import MAX_TOKENS, PROMPTS, check_takeover
 ROUTE = {"context_tokens": 512}
 
 
-@dataclass
-class Server:
-    """Answers prompts from a table; what is not there with 404."""
-
-    port: int = 0
-    answers: dict[str, str] = field(default_factory=dict)
-    asked: list[dict[str, Any]] = field(default_factory=list)
-
-
 @pytest.fixture
-def server() -> Iterator[Server]:
-    state = Server()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            state.asked.append(body)
-            text = state.answers.get(body["prompt"])
-            self.send_response(404 if text is None else 200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"choices": [{"text": text}]}).encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.port = listening.server_address[1]
-    thread = threading.Thread(target=listening.serve_forever)
-    thread.start()
-    yield state
-    listening.shutdown()
-    listening.server_close()
-    thread.join(5)
+def server() -> Iterator[PromptServer]:
+    with running_server() as state:
+        yield state
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +33,12 @@ def entry(tmp_path_factory: pytest.TempPathFactory) -> Entry:
 
 
 @pytest.fixture
-def gateway(tmp_path: Path, server: Server) -> dict[str, Any]:
+def gateway(tmp_path: Path, server: PromptServer) -> dict[str, Any]:
     return {"port": server.port, "host": "0.0.0.0", "ledger": str(tmp_path / "ledger.db")}
 
 
 def test_check_when_too_few_answers_agree_refuses_and_shows_one(
-    entry: Entry, server: Server, gateway: dict[str, Any]
+    entry: Entry, server: PromptServer, gateway: dict[str, Any]
 ) -> None:
     offline = offline_answers(entry.path, PROMPTS, max_tokens=MAX_TOKENS)
     server.answers = dict(zip(PROMPTS, offline, strict=True))
@@ -99,7 +68,7 @@ def test_check_when_nobody_listens_says_so(entry: Entry, tmp_path: Path) -> None
 
 
 def test_check_when_a_prompt_is_too_long_for_the_version_does_without_it(
-    entry: Entry, server: Server, gateway: dict[str, Any], caplog: pytest.LogCaptureFixture
+    entry: Entry, server: PromptServer, gateway: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     offline = offline_answers(entry.path, PROMPTS, max_tokens=MAX_TOKENS)
     server.answers = dict(zip(PROMPTS, offline, strict=True))
@@ -114,7 +83,7 @@ def test_check_when_a_prompt_is_too_long_for_the_version_does_without_it(
 @pytest.mark.parametrize("kind", ["gpt_neox", "bert", "gptq"])
 def test_check_when_no_offline_reference_reads_the_model_says_so(
     entry: Entry,
-    server: Server,
+    server: PromptServer,
     gateway: dict[str, Any],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -132,4 +101,4 @@ def test_check_when_no_offline_reference_reads_the_model_says_so(
     other = Registry(tmp_path / "registry").publish(tmp_path / "source", "other")
     check_takeover(other, gateway, ROUTE, 1.0)
     assert server.asked == []
-    assert "other@1 takes over without a comparison" in caplog.text
+    assert "other@1 is not compared with its model" in caplog.text
