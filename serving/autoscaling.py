@@ -21,11 +21,16 @@ _DOWNSCALE_FILL = 0.7
 
 @dataclass(frozen=True)
 class Load:
-    """What all replicas of a version have to do. `num_asleep`: requests that wait for a first."""
+    """What all replicas of a version have to do.
+
+    `num_asleep`: requests that wait for a first one. `num_starting`: replicas that were asked for
+    and do not run yet.
+    """
 
     tokens_in_flight: float = 0.0
     queue_age_s: float = 0.0
     num_asleep: float = 0.0
+    num_starting: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ def decide(
 def _needed(load: Load, num_replicas: int, scaling: ReplicaScaling, fill: float) -> int:
     needed = math.ceil(load.tokens_in_flight / (scaling.target_tokens * fill))
     if load.queue_age_s > scaling.max_queue_age_s:
-        return max(needed, num_replicas + 1)
+        # What waits goes on waiting while a replica loads its model: one at a time.
+        return max(needed, num_replicas if load.num_starting else num_replicas + 1)
     return max(needed, 1) if load.num_asleep else needed
 
 
@@ -97,6 +103,7 @@ def _load(context: "AutoscalingContext") -> Load:
         sum(_latest(metrics.get(TOKENS_IN_FLIGHT, {}))),
         max(_latest(metrics.get(QUEUE_AGE, {})), default=0.0),
         context.total_num_requests,
+        max(0, context.target_num_replicas - context.current_num_replicas),
     )
 
 

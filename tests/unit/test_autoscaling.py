@@ -49,6 +49,11 @@ def test_decide_when_a_sequence_waits_too_long_adds_one():
     assert follow([(0, waiting), (2, waiting)], 2) == [2, 3]
 
 
+def test_decide_when_a_replica_still_starts_adds_no_other_for_what_waits():
+    waiting = Load(tokens_in_flight=100, queue_age_s=9.0, num_starting=1)
+    assert follow([(0, waiting), (2, waiting), (60, waiting)], 2) == [2, 2, 2]
+
+
 def test_decide_when_load_is_above_the_bound_stops_there():
     assert follow([(0, Load(1e9)), (9, Load(1e9))], 1) == [1, 4]
 
@@ -93,7 +98,7 @@ class Context:
     """What the policy reads of Ray Serve's context."""
 
     def __init__(self, number: int, now_s: float, state=None, requests=0.0, **metrics) -> None:
-        self.target_num_replicas = number
+        self.target_num_replicas = self.current_num_replicas = number
         self.current_time = now_s
         self.policy_state = state
         self.total_num_requests = requests
@@ -109,6 +114,18 @@ def test_policy_when_replicas_report_adds_their_last_tokens_and_remembers_since_
     assert (number, state) == (2, {"above_s": 10.0, "below_s": None})
     number, _ = policy(Context(2, 12.0, state, tokens_in_flight=[1500, 1200]))
     assert number == 3
+
+
+def test_policy_when_a_replica_still_starts_waits_for_it_before_the_next():
+    policy = Policy(max_replicas=9, target_tokens=1000, max_queue_age_s=1, upscale_delay_s=2)
+    number, state = policy(Context(1, 10.0, queue_age_s=[5]))
+    number, state = policy(Context(number, 12.0, state, queue_age_s=[7]))
+    assert number == 2
+    for now_s in (14.0, 16.0, 18.0):
+        context = Context(number, now_s, state, queue_age_s=[9])
+        context.current_num_replicas = 1
+        number, state = policy(context)
+    assert number == 2
 
 
 def test_policy_when_a_request_waits_at_zero_wakes_the_model():

@@ -193,6 +193,17 @@ def test_queue_age_when_sequences_wait_is_that_of_the_oldest():
     assert scheduler.queue_age_s == 0.0
 
 
+def test_queue_age_when_all_are_cancelled_between_passes_is_none():
+    running, waiting = sequence(2), sequence(2)
+    scheduler = scheduler_with([running, waiting], slots=1)
+    advance(scheduler)
+    scheduler.cancel(running)
+    scheduler.cancel(waiting)
+    scheduler._clock.now_s += 60.0
+    assert scheduler.is_idle
+    assert scheduler.queue_age_s == 0.0
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     prompts=st.lists(

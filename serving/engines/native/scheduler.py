@@ -48,7 +48,9 @@ class Scheduler:
     def queue_age_s(self) -> float:
         """How long the oldest waiting sequence has waited, as of the last pass."""
         since_s = self.waiting_since_s
-        return 0.0 if since_s is None else self._clock() - since_s
+        # Who waited at the last pass may have been cancelled since, and no pass follows.
+        is_over = since_s is None or not self.num_waiting
+        return 0.0 if since_s is None or is_over else self._clock() - since_s
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -200,7 +202,6 @@ class Scheduler:
         self.blocks.allocate(sequence)
         if sequence.num_reused is None:
             sequence.num_reused = min(sequence.num_cached, sequence.num_prompt)
-        sequence.drafting.num_draft_cached = sequence.num_cached
         sequence.move(State.RUNNING)
         tenant.running.append(sequence)
         self.num_running += 1

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
@@ -86,6 +87,7 @@ class VllmEngine:
         params = sampling_params(
             request, answer.max_tokens, self._vocabulary.stop_ids, self._info.vocab_size
         )
+        answer.waiting_since_s = time.monotonic()
         with self._lock:
             if self._failure is not None:
                 raise EngineError(self._failure.message)
@@ -100,7 +102,8 @@ class VllmEngine:
     def stats(self) -> EngineStats:
         """Return the load now; raises EngineError if the engine stopped.
 
-        vLLM does not say which sequences wait: those beyond its slots are counted as waiting.
+        vLLM does not say which sequences wait: those beyond its slots are counted as waiting, and
+        the oldest without any token is taken for the one that has waited longest.
         """
         if self._failure is None and self._llm.errored:
             self._fail(EngineError(f"vLLM stopped: {self._llm.dead_error}"))
@@ -108,6 +111,8 @@ class VllmEngine:
             raise EngineError(self._failure.message)
         answers = tuple(self._running)
         num_running = min(len(answers), self._info.max_slots)
+        unread_s = [answer.waiting_since_s for answer in answers if answer.num_reused is None]
+        does_wait = len(answers) > num_running and unread_s
         return EngineStats(
             num_running=num_running,
             num_waiting=len(answers) - num_running,
@@ -116,6 +121,7 @@ class VllmEngine:
             generated_tokens=self._generated_tokens,
             num_ticks=self._num_outputs,
             tokens_in_flight=sum(_num_owed(answer) for answer in answers),
+            queue_age_s=time.monotonic() - min(unread_s) if does_wait else 0.0,
             cached_prompt_tokens=self._cached_tokens,
         )
 
