@@ -242,7 +242,9 @@ class _Session(asyncio.Protocol):
                 await self._generate(ask)
             else:
                 self.say(Answered(ask.number, await self._answering.embed(ask.request)))
-        except Exception:
+        except asyncio.CancelledError:
+            raise
+        except BaseException:  # A panic of Rust code is no Exception.
             _logger.exception("a request failed in an unforeseen way")
             if isinstance(ask, Submit):
                 self.say(Happened(ask.number, [_FAILED]))

@@ -8,7 +8,13 @@ import pytest
 import torch
 from tiny_models import publish
 
-from cluster.errors import ContextLengthError, EngineError, IntegrityError, RequestError
+from cluster.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineError,
+    IntegrityError,
+    RequestError,
+)
 from jobs.compress import compress
 from jobs.config import CompressConfig, Recipe, Step
 from jobs.models.encoder import EncoderConfig, build, load, save
@@ -261,6 +267,12 @@ def test_create_when_a_file_is_damaged_is_refused(directory, tmp_path, name):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(IntegrityError, match=name):
         create(tmp_path, {})
+
+
+def test_create_when_an_option_is_of_decoders_only_is_refused(directory):
+    options = EngineConfig(max_slots=4, enable_prefix_cache=False)
+    with pytest.raises(ConfigError, match="has no enable_prefix_cache, max_slots"):
+        create_embedder(directory, options)
 
 
 def test_create_when_directory_holds_an_encoder_makes_an_engine_that_embeds(directory, reference):

@@ -37,6 +37,18 @@ def test_allocate_when_a_beginning_is_known_shares_its_full_blocks():
     assert (second.num_cached, manager.num_used) == (8, 5 + 1)
 
 
+def test_allocate_when_a_draft_model_read_less_says_how_much_it_knows():
+    manager, first = BlockManager(16, 4), sequence(0, prompt_tokens=SHARED)
+    manager.allocate(first)
+    first.num_cached, first.drafting.num_draft_cached = 8, 8
+    manager.commit(first)
+    first.num_cached = 16  # What came after was decoded without guesses.
+    manager.commit(first)
+    second = sequence(0, prompt_tokens=SHARED)
+    manager.allocate(second)
+    assert (second.num_cached, second.drafting.num_draft_cached) == (16, 8)
+
+
 def test_allocate_when_the_whole_prompt_is_known_leaves_its_last_token():
     manager = BlockManager(16, 4)
     computed(manager)

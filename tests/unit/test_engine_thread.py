@@ -14,6 +14,7 @@ class Counting:
 
     def __init__(self):
         self.waiting, self.done, self.ended = [], [], []
+        self.error: BaseException = ValueError("out of memory")
         self.started, self.permits = threading.Semaphore(0), threading.Semaphore(0)
 
     def work(self):
@@ -23,7 +24,7 @@ class Counting:
         self.started.release()
         assert self.permits.acquire(timeout=30)
         if self.waiting[0] < 0:
-            raise ValueError("out of memory")
+            raise self.error
         self.done.append(self.waiting.pop(0))
 
     def end(self, failure, commands):
@@ -68,6 +69,20 @@ def test_submit_when_the_work_raised_is_refused_with_its_reason(thread, counting
     for ask in (thread.check, lambda: thread.submit(1)):
         with pytest.raises(EngineError, match="ValueError: out of memory"):
             ask()
+    assert [waiting for _, waiting, _ in counting.ended] == [[-1]]
+
+
+class Panic(BaseException):
+    """What a library in Rust raises for a bug of its own; it is no Exception."""
+
+
+def test_submit_when_a_library_panicked_is_refused_with_its_reason(thread, counting):
+    counting.error = Panic("index out of bounds")
+    counting.permits.release()
+    thread.submit(-1)
+    thread._thread.join(30)
+    with pytest.raises(EngineError, match="Panic: index out of bounds"):
+        thread.check()
     assert [waiting for _, waiting, _ in counting.ended] == [[-1]]
 
 

@@ -45,6 +45,21 @@ def test_take_when_several_results_came_keeps_their_order_and_raises_the_error_l
     asyncio.run(run())
 
 
+def test_deliver_when_making_a_result_fails_hands_over_those_before_it():
+    async def run():
+        mailbox = Mailbox(asyncio.get_running_loop())
+
+        def letters():
+            yield mailbox, FIRST
+            raise ValueError("no such token")
+
+        with pytest.raises(ValueError, match="no such token"):
+            deliver(letters())
+        return await mailbox.take()
+
+    assert asyncio.run(run()) == FIRST
+
+
 def test_deliver_when_a_loop_is_closed_says_what_is_lost_and_serves_the_others(caplog):
     closed = asyncio.new_event_loop()
     closed.close()

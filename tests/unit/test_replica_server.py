@@ -44,17 +44,25 @@ class ThreePasses:
         return Embedded(((1.0,),) * len(request.inputs), 1)
 
 
+class Panic(BaseException):
+    """What a library in Rust raises for a bug of its own; it is no Exception."""
+
+
 class FailingAtSome(ThreePasses):
     """Fails at requests of the team `unlucky`, in a way that nobody foresaw."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
 
     async def generate(self, request: InferenceRequest) -> AsyncGenerator[list[Event], None]:
         async for batch in super().generate(request):
             yield batch
             if request.team == "unlucky":
-                raise RecursionError("too deep")
+                raise self.error
 
     async def embed(self, request: EmbeddingRequest) -> Embedded:
-        raise RecursionError("too deep")
+        raise self.error
 
 
 @asynccontextmanager
@@ -96,9 +104,13 @@ def test_tokens_when_streams_are_many_wait_no_longer_than_allowed(tmp_path):
     assert asyncio.run(batches_of_second_stream(tmp_path, 8, wait_s=0.0)) == ["b", "c"]
 
 
-def test_generate_when_a_request_fails_unforeseen_ends_it_and_no_other(tmp_path):
+ERRORS = [RecursionError("too deep"), Panic("index out of bounds")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_generate_when_a_request_fails_unforeseen_ends_it_and_no_other(tmp_path, error):
     async def work():
-        answering = FailingAtSome()
+        answering = FailingAtSome(error)
         async with connected(answering, tmp_path, 0.0) as connection:
             beside = connection.generate(REQUEST)
             await anext(beside)
@@ -115,9 +127,10 @@ def test_generate_when_a_request_fails_unforeseen_ends_it_and_no_other(tmp_path)
     assert [event.text for event in beside] == ["b", "c"]
 
 
-def test_embed_when_a_request_fails_unforeseen_is_refused_and_the_connection_stays(tmp_path):
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_embed_when_a_request_fails_unforeseen_is_refused_and_the_connection_stays(tmp_path, error):
     async def work():
-        async with connected(FailingAtSome(), tmp_path, 0.0) as connection:
+        async with connected(FailingAtSome(error), tmp_path, 0.0) as connection:
             refused = await connection.embed(EmbeddingRequest((TokenPrompt((1,)),)))
             return refused, connection.is_open
 

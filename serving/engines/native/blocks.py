@@ -9,6 +9,8 @@ values that a prompt with the same beginning can take. Idle blocks go, the least
 first, when no free one is left.
 """
 
+from itertools import takewhile
+
 from serving.engines.native.prefix import extend_keys
 from serving.engines.native.sequence import Sequence
 
@@ -27,6 +29,7 @@ class BlockManager:
         self._key_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._idle: dict[int, None] = {}  # In order of last use.
+        self._is_drafted = [False] * num_blocks  # A draft model has read it too.
 
     @property
     def num_free(self) -> int:
@@ -77,6 +80,8 @@ class BlockManager:
         sequence.blocks.extend(found)
         sequence.num_cached = len(found) * self.block_size
         sequence.num_committed = len(found)
+        drafted = takewhile(self._is_drafted.__getitem__, found)
+        sequence.drafting.num_draft_cached = sum(1 for _ in drafted) * self.block_size
         self.extend(sequence, len(sequence.tokens))
 
     def can_extend(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -99,6 +104,8 @@ class BlockManager:
             if key not in self._block_of:  # Else another sequence computed the same meanwhile.
                 self._block_of[key] = block
                 self._key_of[block] = key
+                num_tokens = (index + 1) * self.block_size
+                self._is_drafted[block] = num_tokens <= sequence.drafting.num_draft_cached
         sequence.num_committed = num_full
 
     def num_released(self, sequence: Sequence) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cluster.errors import ContextLengthError, EngineError, RequestError
+from cluster.errors import ConfigError, ContextLengthError, EngineError, RequestError
 from jobs.compression.encoders import load_encoder
 from jobs.data.tokenizer import check_fits, load_tokenizer
 from serving.engines._protocol import EngineInfo, EngineStats
@@ -31,6 +31,7 @@ from serving.engines.native.memory import activation_dtype, choose_device
 from serving.engines.native.tenants import TenantOf, TenantsOf
 
 _logger = logging.getLogger(__name__)
+_OPTIONS = frozenset({"device", "dtype", "max_batch_tokens", "max_len", "num_threads"})
 
 Compute = Callable[[Sequence[Sequence[int]]], Tensor]
 
@@ -214,8 +215,14 @@ def create_embedder(directory: Path, config: EngineConfig) -> NativeEmbedder:
     """Load a published encoder, whose digests the caller has checked, and start an engine.
 
     Activations are bfloat16 where the device multiplies that faster than float32, unless the
-    options say otherwise. Raises ModelFormatError or TokenizerError.
+    options say otherwise. Raises ConfigError for an option that only decoders have, and
+    ModelFormatError or TokenizerError.
     """
+    if unknown := sorted(config.model_fields_set - _OPTIONS):
+        raise ConfigError(
+            f"engine options: this model is an encoder, which has no {', '.join(unknown)}. Leave "
+            f"that out; there is: {', '.join(sorted(_OPTIONS))}."
+        )
     device = choose_device(config)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)

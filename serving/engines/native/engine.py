@@ -9,7 +9,7 @@ queue of commands, and it reaches them through mailboxes.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
@@ -171,11 +171,10 @@ class NativeEngine:
     def _tick(self) -> None:
         pieces = self._scheduler.schedule()
         sampled = self._runner.run(pieces)
-        letters = self._postprocess(pieces, sampled)
-        deliver(letters)
+        deliver(self._postprocess(pieces, sampled))
 
-    def _postprocess(self, pieces: Seq[Piece], sampled: Seq[Sampled]) -> list[Letter]:
-        """Bring sequences to where the pass took them; return what their readers get."""
+    def _postprocess(self, pieces: Seq[Piece], sampled: Seq[Sampled]) -> Iterator[Letter]:
+        """Bring sequences to where the pass took them; yield what their readers get."""
         totals = self._totals
         totals.num_ticks += 1
         for piece in pieces:
@@ -183,7 +182,8 @@ class NativeEngine:
             if not piece.is_last:
                 self._scheduler.advance(piece)
                 self._settle(piece.sequence)
-        return [self._answer(result) for result in sampled]
+        for result in sampled:
+            yield self._answer(result)
 
     def _answer(self, result: Sampled) -> Letter:
         sequence = result.piece.sequence

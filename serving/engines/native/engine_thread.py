@@ -74,7 +74,7 @@ class EngineThread(Generic[CommandT]):
             while self._take_commands():
                 self._work.tick()
             failure = EngineError("the engine was closed. Start another one.")
-        except Exception as error:
+        except BaseException as error:  # A panic of Rust code is no Exception.
             _logger.exception("the engine stopped")
             failure = EngineError(f"the engine stopped: {type(error).__name__}: {error}")
         with self._lock:

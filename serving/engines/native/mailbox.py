@@ -37,17 +37,26 @@ Letter = tuple[Mailbox, Chunk | EngineError | RequestError]
 
 
 def deliver(letters: Iterable[Letter]) -> None:
-    """Hand over results from any thread, with one call into each event loop."""
+    """Hand over results from any thread, with one call into each event loop.
+
+    Where making one of them raises, those before it are handed over.
+    """
     by_loop: dict[asyncio.AbstractEventLoop, list[Letter]] = {}
-    for letter in letters:
-        by_loop.setdefault(letter[0].loop, []).append(letter)
-    for loop, own in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(_put_all, own)
-        except RuntimeError:  # The loop is closed: nobody listens any more.
-            _logger.warning(
-                "%d results were dropped: the event loop that asked for them is closed", len(own)
-            )
+    try:
+        for letter in letters:
+            by_loop.setdefault(letter[0].loop, []).append(letter)
+    finally:
+        for loop, own in by_loop.items():
+            _send(loop, own)
+
+
+def _send(loop: asyncio.AbstractEventLoop, letters: list[Letter]) -> None:
+    try:
+        loop.call_soon_threadsafe(_put_all, letters)
+    except RuntimeError:  # The loop is closed: nobody listens any more.
+        _logger.warning(
+            "%d results were dropped: the event loop that asked for them is closed", len(letters)
+        )
 
 
 def _put_all(letters: list[Letter]) -> None:

@@ -32,8 +32,9 @@ class NgramDrafter:
 class ModelDrafter:
     """Guesses what a small model finds likeliest, one token after another.
 
-    Its cache has the shape of the model's own: a sequence's blocks have the same numbers in both,
-    so a prefix that is found in one is there in the other. Prompts are read here as they are there.
+    Its cache has the shape of the model's own: a sequence's blocks have the same numbers in both.
+    Prompts are read here as they are there; what was decoded while nothing was guessed is not, so
+    of a prefix that is found there, the end may have to be read here first.
     """
 
     def __init__(

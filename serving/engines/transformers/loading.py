@@ -4,6 +4,7 @@ Takes a directory and options; gives a running engine. It does not know about Ra
 """
 
 import inspect
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from serving.engines.transformers.config import TransformersConfig
 from serving.engines.transformers.rows import Rows
 from serving.engines.transformers.runner import TransformersRunner
 
+_logger = logging.getLogger(__name__)
 _BLOCK_SIZE = 16
 _JOINABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 _PROBE = (2, 1, 0, 1, 1)
@@ -64,13 +66,14 @@ def create(directory: Path, options: Mapping[str, Any]) -> NativeEngine:
     runner = TransformersRunner(
         Rows(model, is_joinable=is_joinable), Adapters(model, config.adapters)
     )
-    limits = PassLimits(config.max_slots, max(config.max_batch_tokens, config.max_slots))
+    num_slots = _count_slots(config, num_blocks, max_len)
+    limits = PassLimits(num_slots, max(config.max_batch_tokens, num_slots))
     blocks = BlockManager(num_blocks, _BLOCK_SIZE, is_prefix_cached=False)
     info = EngineInfo(
         engine="transformers",
         vocab_size=shape.vocab_size,
         max_len=max_len,
-        max_slots=config.max_slots,
+        max_slots=num_slots,
         weight_bytes=_published.weight_bytes(directory),
         cache_bytes=num_blocks * block_bytes,
         schemes=_published.schemes(directory),
@@ -117,6 +120,19 @@ def _count_blocks(
             f"{allowed_bytes / MIB:.1f} MiB. Lower `max_len`."
         )
     return num_blocks
+
+
+def _count_slots(config: TransformersConfig, num_blocks: int, max_len: int) -> int:
+    """Return how many sequences may run: each takes what the longest of its batch does."""
+    num_slots = min(config.max_slots, num_blocks // -(-max_len // _BLOCK_SIZE))
+    if num_slots < config.max_slots:
+        _logger.warning(
+            "there is memory for %d sequences of %d tokens: `max_slots` = %d is lowered to that",
+            num_slots,
+            max_len,
+            config.max_slots,
+        )
+    return num_slots
 
 
 def _is_joinable(model: PreTrainedModel) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from serving.engines.native.passes import Piece
 from serving.engines.native.runner import Sampled, choose
-from serving.engines.native.sequence import Sequence
+from serving.engines.native.sequence import Sequence, State
 from serving.engines.transformers.adapters import Adapters
 from serving.engines.transformers.rows import Rows
 
@@ -30,7 +30,8 @@ class TransformersRunner:
     @torch.inference_mode()
     def run(self, pieces: Seq[Piece]) -> list[Sampled]:
         """Compute the pieces and return what follows the complete ones."""
-        self._forget(sequence for sequence in self._begun if sequence.state.is_terminal)
+        # A preempted one is read anew: its rows would keep the batch they lie in alive.
+        self._forget(s for s in self._begun if s.state is not State.RUNNING)
         logits: dict[Sequence, Tensor] = {}
         going_on = [p for p in pieces if p.length == 1 and p.start > 0]
         for piece in pieces:
