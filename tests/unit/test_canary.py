@@ -15,7 +15,7 @@ from jobs.config import DeployConfig
 from jobs.registry import Registry
 from serving.canary import prepare
 from serving.directory import LocalDirectory
-from serving.rollout import PromoteConfig, RolloutState
+from serving.rollout import Observation, PromoteConfig, RolloutLimits, RolloutState
 
 
 class FakeApi:
@@ -153,6 +153,15 @@ def test_finish_when_the_version_was_offered_before_leaves_it_as_it_was(registry
         canary.finish(RolloutState.ROLLED_BACK)
     assert weights(api) == {"1": 0.75, "0": 0.25, "2": 0.0}
     assert api.apps["engine--tiny--2"] == pinned
+
+
+@pytest.mark.parametrize("min_parity", [0.0, 0.9])
+def test_observe_when_there_is_nothing_to_compare_with_asks_nothing(
+    registry: Registry, min_parity: float
+):
+    limits = RolloutLimits(min_parity=min_parity)  # The model has no tokenizer.
+    with prepare(config(registry, limits=limits), serving(registry)) as canary:
+        assert canary.observe(RolloutState.CHECKING) == Observation(is_compared=False)
 
 
 @pytest.mark.parametrize("state", [RolloutState.PROMOTED, RolloutState.ROLLED_BACK])

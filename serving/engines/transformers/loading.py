@@ -66,7 +66,7 @@ def create(directory: Path, options: Mapping[str, Any]) -> NativeEngine:
     runner = TransformersRunner(
         Rows(model, is_joinable=is_joinable), Adapters(model, config.adapters)
     )
-    num_slots = _count_slots(config, num_blocks, max_len)
+    num_slots = count_slots(config, num_blocks, max_len)
     limits = PassLimits(num_slots, max(config.max_batch_tokens, num_slots))
     blocks = BlockManager(num_blocks, _BLOCK_SIZE, is_prefix_cached=False)
     info = EngineInfo(
@@ -122,7 +122,7 @@ def _count_blocks(
     return num_blocks
 
 
-def _count_slots(config: TransformersConfig, num_blocks: int, max_len: int) -> int:
+def count_slots(config: TransformersConfig, num_blocks: int, max_len: int) -> int:
     """Return how many sequences may run: each takes what the longest of its batch does."""
     num_slots = min(config.max_slots, num_blocks // -(-max_len // _BLOCK_SIZE))
     if num_slots < config.max_slots:
