@@ -15,6 +15,13 @@ class EngineOptions(StrictModel):
         ge=2,
         description="Tokens of one sequence, prompt included; the model's limit holds too.",
     )
+    max_slots: int = Field(default=16, ge=1, le=1024, description="Sequences that run at a time.")
+    cache_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="Memory for keys and values; unset: enough for `max_slots` sequences of "
+        "`max_len` tokens, at most half of what is free.",
+    )
     adapters: dict[str, str] = Field(
         default={}, description="LoRA adapters by name: PEFT directories."
     )
@@ -23,7 +30,6 @@ class EngineOptions(StrictModel):
 class TorchOptions(EngineOptions):
     """What an engine can be told whose passes are ours, computed by torch in this process."""
 
-    max_slots: int = Field(default=16, ge=1, le=1024, description="Sequences that run at a time.")
     max_batch_tokens: int = Field(
         default=512,
         ge=1,

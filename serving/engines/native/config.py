@@ -54,12 +54,6 @@ class EngineConfig(TorchOptions):
         "tokens a second are computed in all. Unset: no bound.",
     )
     block_size: int = Field(default=16, ge=1, le=512, description="Tokens of one cache block.")
-    cache_bytes: int | None = Field(
-        default=None,
-        ge=1,
-        description="Memory for keys and values; unset: enough for `max_slots` sequences of "
-        "`max_len` tokens, at most half of what is free.",
-    )
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         default="auto", description="Type of the cache; auto: that of activations."
     )

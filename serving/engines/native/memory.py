@@ -13,7 +13,7 @@ from cluster.errors import PlacementError
 from cluster.storage import MIB
 from jobs.config import DecoderConfig
 from jobs.kernels.block_cache import BlockCache
-from serving.engines._options import TorchOptions
+from serving.engines._options import EngineOptions, TorchOptions
 from serving.engines.native.config import EngineConfig
 
 _SHARE_OF_FREE = 0.5  # The rest is for weights, activations, other replicas and the page cache.
@@ -52,23 +52,32 @@ def count_blocks(
     block_bytes = sum(
         BlockCache.bytes_per_block(shape, config.block_size, dtype) for shape in shapes
     )
-    per_sequence = -(-max_len // config.block_size)
+    sequence_bytes = -(-max_len // config.block_size) * block_bytes
+    return grant_bytes(config, sequence_bytes, max_len, device) // block_bytes
+
+
+def grant_bytes(
+    config: EngineOptions, sequence_bytes: int, max_len: int, device: torch.device
+) -> int:
+    """Return the memory for keys and values where one sequence of `max_len` tokens takes so much.
+
+    Raises PlacementError if there is not that much.
+    """
     if config.cache_bytes is not None:
-        num_blocks, source = config.cache_bytes // block_bytes, "`cache_bytes` allows"
+        granted_bytes, source = config.cache_bytes, "`cache_bytes` allows"
     else:
-        num_blocks = min(usable_bytes(device) // block_bytes, config.max_slots * per_sequence)
+        granted_bytes = min(_usable_bytes(device), config.max_slots * sequence_bytes)
         source = "half of the free memory is"
-    if num_blocks < per_sequence:
+    if granted_bytes < sequence_bytes:
         raise PlacementError(
             f"one sequence of max_len={max_len} tokens needs a cache of "
-            f"{per_sequence * block_bytes / MIB:.1f} MiB; {source} "
-            f"{num_blocks * block_bytes / MIB:.1f} MiB. Lower `max_len`, choose a smaller "
-            "`cache_dtype` or give the cache more memory."
+            f"{sequence_bytes / MIB:.1f} MiB; {source} {granted_bytes / MIB:.1f} MiB. Lower "
+            "`max_len`, choose a smaller type of cache, or give it more memory (`cache_bytes`)."
         )
-    return num_blocks
+    return granted_bytes
 
 
-def usable_bytes(device: torch.device) -> int:
+def _usable_bytes(device: torch.device) -> int:
     """Return how much memory a cache may take on a device now."""
     if device.type == "cuda":
         free_bytes = int(torch.cuda.mem_get_info(device)[0])

@@ -16,8 +16,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.utils.logging import disable_progress_bar
 
 from cluster.config import parse_config
-from cluster.errors import EngineError, ModelFormatError, PlacementError
-from cluster.storage import MIB, verify_directory
+from cluster.errors import EngineError, ModelFormatError
+from cluster.storage import verify_directory
 from jobs.data.tokenizer import check_fits, load_tokenizer
 from jobs.models import _hf
 from serving.engines import _published
@@ -27,7 +27,7 @@ from serving.engines.native.blocks import BlockManager
 from serving.engines.native.engine import NativeEngine
 from serving.engines.native.grammar import GrammarCompiler
 from serving.engines.native.loading import TokenizerDecoder
-from serving.engines.native.memory import activation_dtype, choose_device, usable_bytes
+from serving.engines.native.memory import activation_dtype, choose_device, grant_bytes
 from serving.engines.native.passes import PassLimits
 from serving.engines.native.sampling import TokenizerInfo
 from serving.engines.native.scheduler import Scheduler
@@ -110,16 +110,8 @@ def _count_blocks(
     config: TransformersConfig, max_len: int, block_bytes: int, device: torch.device
 ) -> int:
     """Return for how many blocks of tokens there is memory."""
-    per_sequence = -(-max_len // _BLOCK_SIZE)
-    allowed_bytes = usable_bytes(device)
-    num_blocks = min(allowed_bytes // block_bytes, config.max_slots * (per_sequence + 1))
-    if num_blocks < per_sequence:
-        raise PlacementError(
-            f"one sequence of max_len={max_len} tokens needs a cache of "
-            f"{per_sequence * block_bytes / MIB:.1f} MiB; half of the free memory is "
-            f"{allowed_bytes / MIB:.1f} MiB. Lower `max_len`."
-        )
-    return num_blocks
+    sequence_bytes = -(-max_len // _BLOCK_SIZE) * block_bytes
+    return grant_bytes(config, sequence_bytes, max_len, device) // block_bytes
 
 
 def count_slots(config: TransformersConfig, num_blocks: int, max_len: int) -> int:

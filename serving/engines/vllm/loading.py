@@ -15,15 +15,15 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from cluster.config import parse_config
-from cluster.errors import ConfigError, ModelFormatError, PlacementError
-from cluster.storage import MIB, verify_directory
+from cluster.errors import ConfigError, ModelFormatError
+from cluster.storage import verify_directory
 from jobs.data.tokenizer import check_fits, load_tokenizer
 from jobs.models import _hf
 from serving.engines import _published
 from serving.engines._protocol import MAX_LOGPROBS, Engine, EngineInfo
 from serving.engines.native.answers import Vocabulary
 from serving.engines.native.loading import TokenizerDecoder
-from serving.engines.native.memory import usable_bytes
+from serving.engines.native.memory import grant_bytes
 from serving.engines.native.sampling import TokenizerInfo
 from serving.engines.vllm.config import VllmConfig
 
@@ -128,20 +128,8 @@ def _cache_bytes(config: VllmConfig, shape: PretrainedConfig, max_len: int) -> i
     head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     itemsize = 4 if config.dtype == "float32" else 2
     block_bytes = 128 * 2 * shape.num_hidden_layers * num_heads * head_dim * itemsize
-    per_sequence_bytes = (-(-max_len // 128) + 1) * block_bytes
-    if config.cache_bytes is not None:
-        allowed_bytes, source = config.cache_bytes, "`cache_bytes` allows"
-    else:
-        usable = usable_bytes(torch.device("cpu"))
-        allowed_bytes = min(usable, config.max_slots * per_sequence_bytes)
-        source = "half of the free memory is"
-    if allowed_bytes < per_sequence_bytes:
-        raise PlacementError(
-            f"one sequence of max_len={max_len} tokens needs a cache of "
-            f"{per_sequence_bytes / MIB:.1f} MiB; {source} {allowed_bytes / MIB:.1f} MiB. Lower "
-            "`max_len` or give the cache more memory."
-        )
-    return allowed_bytes
+    sequence_bytes = (-(-max_len // 128) + 1) * block_bytes
+    return grant_bytes(config, sequence_bytes, max_len, torch.device("cpu"))
 
 
 def _lora_arguments(adapters: Mapping[str, str]) -> dict[str, Any]:
