@@ -56,20 +56,34 @@ class Letters:
         return "".join(chr(token_id) for token_id in token_ids)
 
 
-def chunks_of(llm: FakeLlm, **options) -> list[Chunk]:
-    """Ask an engine over a stand-in for vLLM; nothing may take long."""
+class BusyLlm(FakeLlm):
+    """Takes requests and gives nothing."""
+
+    async def generate(self, prompt, params, request_id, lora_request):
+        await asyncio.Event().wait()
+        yield
+
+
+def engine_over(llm: FakeLlm) -> VllmEngine:
+    """Return an engine of two slots over a stand-in for vLLM."""
 
     async def start(arguments):
         return llm
 
-    async def ask():
-        request = GenerateRequest(prompt_tokens=(5, 6), max_tokens=8, **options)
-        return [chunk async for chunk in engine.generate(request)]
-
     info = EngineInfo("vllm", 300, 64, 2, 1, 1, {}, {})
-    engine = VllmEngine(None, info, Vocabulary(TokenizerInfo(300), Letters()), {}, start)
+    return VllmEngine(None, info, Vocabulary(TokenizerInfo(300), Letters()), {}, start)
+
+
+async def ask(engine: VllmEngine, **options) -> list[Chunk]:
+    request = GenerateRequest(prompt_tokens=(5, 6), max_tokens=8, **options)
+    return [chunk async for chunk in engine.generate(request)]
+
+
+def chunks_of(llm: FakeLlm, **options) -> list[Chunk]:
+    """Ask an engine once; nothing may take long."""
+    engine = engine_over(llm)
     try:
-        chunks = asyncio.run(asyncio.wait_for(ask(), 10))
+        chunks = asyncio.run(asyncio.wait_for(ask(engine, **options), 10))
         assert engine.stats().num_running == 0
         return chunks
     finally:
@@ -93,6 +107,27 @@ def test_generate_when_vllm_ends_in_an_odd_way_ends_the_reader(items, words):
 def test_generate_when_resumed_within_a_stop_string_knows_its_beginning():
     (chunk,) = chunks_of(FakeLlm(99, 100), resumed_tokens=(97, 98), stop=("bc",))
     assert chunk == Chunk("", (99,), FinishReason.STOP)
+
+
+@pytest.mark.parametrize(("num_requests", "does_wait"), [(2, False), (3, True)])
+def test_stats_when_more_ask_than_there_are_slots_say_how_long_one_waits(num_requests, does_wait):
+    async def load_of(engine: VllmEngine):
+        asked = [asyncio.create_task(ask(engine)) for _ in range(num_requests)]
+        while len(engine._running) < num_requests:  # noqa: ASYNC110 - no event to wait for
+            await asyncio.sleep(0.005)
+        stats = engine.stats()
+        for task in asked:
+            task.cancel()
+        await asyncio.wait(asked)
+        return stats
+
+    engine = engine_over(BusyLlm())
+    try:
+        stats = asyncio.run(asyncio.wait_for(load_of(engine), 10))
+    finally:
+        engine.close()
+    assert (stats.num_running, stats.num_waiting) == (2, num_requests - 2)
+    assert (stats.queue_age_s > 0) == does_wait
 
 
 def params(**options):
