@@ -25,8 +25,10 @@ from jobs.compression.packing import load_model, save_compressed
 from jobs.compression.recipe import apply_recipe
 from jobs.config import Recipe, Step
 from jobs.evaluation.quality import greedy_reference
+from jobs.kernels.build import cpu_flags
 from jobs.models.decoder import build, save
 from serving.engines._protocol import GenerateRequest
+from serving.engines.vllm.cpu import why_not
 
 
 def test_engines_when_listed_are_the_ones_tested_here():
@@ -53,7 +55,12 @@ def test_generate_when_model_is_quantized_follows_the_plain_forward(plugin, tmp_
     recipe = Recipe(steps=(Step(method="rtn", options={"scheme": scheme}),))
     publish(tmp_path, partial(save_compressed, apply_recipe(build(SHAPE, seed=4), recipe)))
     plain = load_model(tmp_path).model
-    engine = plugin.create(tmp_path, max_slots=4, max_batch_tokens=16, **_typed(plugin, scheme))
+    options = {"max_slots": 4, "max_batch_tokens": 16, **_typed(plugin, scheme)}
+    if plugin.name == "vllm" and (reason := why_not({scheme}, cpu_flags())):
+        with pytest.raises(ConfigError, match=reason):
+            plugin.create(tmp_path, **options)
+        return
+    engine = plugin.create(tmp_path, **options)
 
     async def ask_all():
         return await asyncio.gather(*(chunks_of(engine, p, max_tokens=12) for p in PROMPTS))

@@ -7,6 +7,7 @@ vLLM is imported here, when an engine is asked for, and nowhere before.
 import importlib.util
 import json
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cluster.config import parse_config
 from cluster.errors import ConfigError, ModelFormatError
 from cluster.storage import verify_directory
 from jobs.data.tokenizer import check_fits, load_tokenizer
+from jobs.kernels.build import cpu_flags
 from jobs.models import _hf
 from serving.engines import _published
 from serving.engines._protocol import MAX_LOGPROBS, Engine, EngineInfo
@@ -26,6 +28,7 @@ from serving.engines.native.loading import TokenizerDecoder
 from serving.engines.native.memory import grant_bytes
 from serving.engines.native.sampling import TokenizerInfo
 from serving.engines.vllm.config import VllmConfig
+from serving.engines.vllm.cpu import why_not
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Without these vLLM would report home, and fork a process that has threads.
@@ -35,9 +38,9 @@ _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spa
 def create(directory: Path, options: Mapping[str, Any]) -> Engine:
     """Check a published model, every digest, and start vLLM over it.
 
-    Raises ConfigError for a wrong option or where vLLM is not installed, IntegrityError,
-    TokenizerError, ModelFormatError, PlacementError if one sequence does not fit into memory, and
-    EngineError if vLLM does not start.
+    Raises ConfigError for a wrong option, where vLLM is not installed and for what it does not
+    compute on this CPU, IntegrityError, TokenizerError, ModelFormatError, PlacementError if one
+    sequence does not fit into memory, and EngineError if vLLM does not start.
     """
     config = parse_config(VllmConfig, dict(options), "engine options")
     if importlib.util.find_spec("vllm") is None:
@@ -49,6 +52,7 @@ def create(directory: Path, options: Mapping[str, Any]) -> Engine:
     tokenizer = load_tokenizer(directory)
     shape, schemes = _shape(directory), _published.schemes(directory)
     _check_dtype(config, schemes)
+    _check_cpu(schemes)
     check_fits(tokenizer, shape.vocab_size)
     max_len = min(config.max_len, getattr(shape, "max_position_embeddings", config.max_len))
     cache_bytes = _cache_bytes(config, shape, max_len)
@@ -112,6 +116,17 @@ def _shape(directory: Path) -> PretrainedConfig:
     except (ValueError, KeyError, OSError) as error:
         raise ModelFormatError(f"{directory}: its config.json cannot be read: {error}") from error
     return config.get_text_config()
+
+
+def _check_cpu(schemes: Mapping[str, str]) -> None:
+    flags = cpu_flags()
+    if torch.cuda.is_available() or platform.machine() != "x86_64" or not flags:
+        return
+    if reason := why_not(set(schemes.values()), flags):
+        raise ConfigError(
+            f"engine `vllm` does not run this model here: {reason}. Choose engine `native`, or a "
+            "machine with AVX-512 VNNI or a GPU."
+        )
 
 
 def _check_dtype(config: VllmConfig, schemes: Mapping[str, str]) -> None:
