@@ -81,6 +81,16 @@ def test_admission_when_one_team_takes_all_it_can_leaves_a_quarter_to_others():
     assert admission.num_accepted == 12
 
 
+def test_place_when_others_contend_keeps_what_it_holds():
+    admission = Admission(4)
+    places = [admission.enter("greedy") for _ in range(3)]
+    admission.enter("small")
+    with pytest.raises(RefusedError):
+        admission.enter("greedy")
+    places[0].grow(1)
+    assert admission.num_accepted == 4
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_completion_when_client_leaves_closes_the_events_and_charges_what_was_made(stream):
     gateway = Gateway(FakeBackend(*hello()[:1]))
