@@ -42,7 +42,8 @@ def test_completion_when_server_is_full_is_429_at_once_and_later_answered():
     assert all(events.is_closed for events in gateway.backend.started)
 
 
-def test_completion_when_server_is_full_is_refused_before_its_body_is_read():
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/event-streams"])
+def test_completion_when_server_is_full_is_refused_before_its_body_is_read(path: str):
     gateway = Gateway(max_accepted_choices=1)
 
     async def scenario():
@@ -50,7 +51,7 @@ def test_completion_when_server_is_full_is_refused_before_its_body_is_read():
         gateway.backend.batches = [[Started(1)]]
         first = asyncio.create_task(drive(gateway.app, Connection(body_of())))
         await gateway.backend.was_asked.wait()
-        refused = await drive(gateway.app, Connection(b"{", is_ended=False))
+        refused = await drive(gateway.app, Connection(b"{", is_ended=False), path=path)
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         return refused
