@@ -47,6 +47,15 @@ SCHEMA_VERSION = 1
 LEDGER_VARIABLE = "RAYSMITH_LEDGER"
 _BUSY_TIMEOUT_S = 15.0
 _CREATE_LOCK = 0x5261_7973  # an arbitrary number that names our advisory lock in PostgreSQL
+# For libpq, so that no call waits for a server that has gone or for an answer that never comes.
+_SERVER_BOUNDS = {
+    "connect_timeout": "5",
+    "tcp_user_timeout": "10000",  # ms
+    "keepalives_idle": "10",
+    "keepalives_interval": "3",
+    "keepalives_count": "3",
+}
+_STATEMENT_TIMEOUT_MS = 15_000  # A writer waits for others as long as with SQLite.
 
 metadata = MetaData()
 
@@ -268,11 +277,21 @@ def _begin_sqlite(connection: Connection) -> None:
 
 def _postgres_engine(url: URL) -> Engine:
     try:
-        return create_engine(url, pool_pre_ping=True, pool_size=2)
+        return create_engine(url, pool_pre_ping=True, pool_size=2, connect_args=_bounds(url))
     except ModuleNotFoundError:
         raise ConfigError(
             "a ledger in PostgreSQL needs psycopg. Run: pip install 'raysmith[postgres]'"
         ) from None
+
+
+def _bounds(url: URL) -> dict[str, str]:
+    """Return settings of a connection that bound every wait; what was set elsewhere is kept."""
+    bounds = {name: value for name, value in _SERVER_BOUNDS.items() if name not in url.query}
+    given = url.query.get("options") or os.environ.get("PGOPTIONS", "")
+    others = given if isinstance(given, str) else " ".join(given)
+    # The last one of a kind holds: another timeout that was given.
+    options = f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} {others}".rstrip()
+    return {**bounds, "options": options}
 
 
 def _prepare(engine: Engine) -> None:

@@ -26,12 +26,13 @@ _LEASES_END_S = WRITER_TTL_S * 0.8
 
 @dataclass(frozen=True)
 class Pace:
-    """How long charges gather, a steward is waited for, and a gateway takes to end."""
+    """How long charges gather, an answer is waited for, and a gateway takes to end."""
 
     gather_s: float = 0.2
     first_retry_s: float = 0.05
     last_retry_s: float = 2.0
     lease_timeout_s: float = 5.0
+    check_timeout_s: float = 5.0  # For a key, where the ledger is on a server.
     close_timeout_s: float = 10.0
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from ledger_fakes import (
 )
 
 from cluster.accounting import Limits, Scope
+from cluster.ledger import Ledger, Snapshot
 from serving.gateway.accounts import Principal, Spent
-from serving.gateway.accounts_client import LedgerAccounts
+from serving.gateway.accounts_client import LedgerAccounts, SharedCheck
 from serving.gateway.ledger_writer import Pace
 
 
@@ -111,6 +113,40 @@ def test_key_when_the_server_was_restarted_is_checked_again(
 
     service.run(test)
     service.ledger.close()
+
+
+class HangingReader:
+    """A server that answers when it is told to."""
+
+    is_local = False
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.answers = threading.Event()
+        self.num_asked = 0
+        self._ledger = ledger
+
+    def current(self) -> Snapshot:
+        self.num_asked += 1
+        self.answers.wait()
+        return self._ledger.snapshot()
+
+
+def test_key_when_the_server_does_not_answer_is_503_and_checked_once_it_does(service: Service):
+    reader = HangingReader(service.ledger)
+
+    async def test(accounts: LedgerAccounts) -> None:
+        accounts._checks = SharedCheck(reader, timeout_s=0.2)
+        try:
+            calls = [refusal(accounts.authenticate(service.secret)) for _ in range(5)]
+            refused = await asyncio.gather(*calls)
+            assert {(one.status, one.retry_after_s) for one in refused} == {(503, 1)}
+            assert (await refusal(accounts.authenticate(service.secret))).status == 503
+            assert reader.num_asked == 1
+        finally:
+            reader.answers.set()
+        await accounts.authenticate(service.secret)
+
+    service.run(test)
 
 
 # --- limits ------------------------------------------------------------------------------------

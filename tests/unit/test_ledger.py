@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from ledger_fakes import Clock
-from sqlalchemy import update
+from sqlalchemy import event, text, update
 
 from cluster.accounting import Key, Limits, Scope, Team
 from cluster.errors import AccountError, ConfigError, LedgerError
 from cluster.ledger import Ledger
 from cluster.ledger_reader import LedgerReader
-from cluster.ledger_schema import keys, ledger_url, public_url, writing
+from cluster.ledger_schema import _postgres_engine, keys, ledger_url, public_url, writing
 
 NOW_S = 1_795_000_000  # 2026-11-18
 
@@ -375,6 +375,32 @@ def test_server_when_it_does_not_answer_shows_no_password():
     with pytest.raises(LedgerError, match="cannot be used") as caught:
         Ledger.open("postgresql://me:secret@127.0.0.1:1/name?connect_timeout=2")
     assert "secret" not in caught.value.message
+
+
+def test_server_when_connected_to_is_told_bounds_for_every_wait():
+    url = "postgresql://host/name?connect_timeout=2&options=-csearch_path%3Dx"
+    engine = _postgres_engine(ledger_url(url))
+    told: dict[str, object] = {}
+
+    @event.listens_for(engine, "do_connect")
+    def refuse(dialect: object, record: object, args: object, settings: dict[str, object]) -> None:
+        told.update(settings)
+        raise ConnectionRefusedError
+
+    with pytest.raises(ConnectionRefusedError):
+        engine.connect()
+    assert told["connect_timeout"] == "2"
+    assert told["options"] == "-c statement_timeout=15000 -csearch_path=x"
+    assert {"tcp_user_timeout", "keepalives_idle", "keepalives_count"} <= told.keys()
+
+
+def test_server_when_a_statement_takes_too_long_ends_it(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RAYSMITH_STATE", str(tmp_path))
+    server = request.getfixturevalue("postgres")
+    with Ledger.open(server.new_ledger()) as ledger, ledger.engine.connect() as connection:
+        assert connection.execute(text("SHOW statement_timeout")).scalar_one() == "15s"
 
 
 def test_file_when_opened_twice_here_loses_nothing_that_another_process_writes(tmp_path: Path):
