@@ -220,8 +220,13 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """Yield a connection that reads one state of the ledger."""
-    with ledger_errors(engine.url), engine.connect() as connection:
+    """Yield a connection that reads one state of the ledger, however many statements it takes."""
+    # PostgreSQL gives each statement a state of its own by default; SQLite never does.
+    options: dict[str, Any] = {} if is_file(engine.url) else {"isolation_level": "REPEATABLE READ"}
+    with (
+        ledger_errors(engine.url),
+        engine.connect().execution_options(**options) as connection,
+    ):
         yield connection
 
 

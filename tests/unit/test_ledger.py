@@ -8,13 +8,22 @@ from pathlib import Path
 
 import pytest
 from ledger_fakes import Clock
-from sqlalchemy import event, text, update
+from sqlalchemy import event, select, text, update
 
 from cluster.accounting import Key, Limits, Scope, Team
 from cluster.errors import AccountError, ConfigError, LedgerError
 from cluster.ledger import Ledger
 from cluster.ledger_reader import LedgerReader
-from cluster.ledger_schema import _postgres_engine, keys, ledger_url, public_url, writing
+from cluster.ledger_schema import (
+    _postgres_engine,
+    keys,
+    ledger_url,
+    public_url,
+    reading,
+    state,
+    teams,
+    writing,
+)
 
 NOW_S = 1_795_000_000  # 2026-11-18
 
@@ -193,6 +202,14 @@ def test_ledger_when_made_before_rotations_were_kept_is_used(any_ledger: str, le
     with Ledger.open(any_ledger, clock=Clock(NOW_S)) as again:
         made, _ = again.new_key(key_of("a"))
         assert again.rotate_key(made.id, overlap_s=60)[0].expires_s is None
+
+
+def test_reading_when_something_changes_meanwhile_sees_one_state(any_ledger: str, ledger: Ledger):
+    with Ledger.open(any_ledger) as other, reading(ledger.engine) as connection:
+        before = connection.execute(select(state.c.revision)).scalar_one()
+        other.add_team(Team(name="a"))
+        assert connection.execute(select(teams.c.name)).all() == []
+    assert ledger.snapshot().revision == before + 1
 
 
 @pytest.mark.parametrize("change", ["team", "suspend", "key", "rotate", "revoke"])
