@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from sqlalchemy import Connection, Engine, Row, insert, select, update
@@ -19,7 +20,7 @@ from cluster import ledger_schema as schema
 from cluster.accounting import Answer, Balance, Batch, Key, Limits, Scope, Team, UsageRow
 from cluster.bookkeeping import apply_batch, read_balance, read_usage
 from cluster.errors import AccountError, LedgerError
-from cluster.ledger_schema import ledger_url, open_engine, reading, writing
+from cluster.ledger_schema import LedgerFile, is_file, ledger_url, open_engine, reading, writing
 from cluster.pepper import Pepper, create_pepper, load_pepper, make_key, pepper_path
 
 _LIMITS = tuple(Limits.model_fields)
@@ -40,6 +41,7 @@ class Ledger:
 
     def __init__(self, engine: Engine, pepper: Pepper, clock: Callable[[], float]) -> None:
         self._engine = engine
+        self._file = LedgerFile(Path(engine.url.database or "")) if is_file(engine.url) else None
         self._pepper = pepper
         self._clock = clock
 
@@ -62,6 +64,11 @@ class Ledger:
     def engine(self) -> Engine:
         """The database, for those that keep a connection of their own."""
         return self._engine
+
+    @property
+    def file(self) -> LedgerFile | None:
+        """The file it is in, or None for one on a server."""
+        return self._file
 
     def close(self) -> None:
         """Close every connection."""
@@ -184,7 +191,12 @@ class Ledger:
         )
 
     def apply(self, batch: Batch) -> Answer:
-        """Write what a gateway used and lease what it asks for; see `bookkeeping.apply_batch`."""
+        """Write what a gateway used and lease what it asks for; see `bookkeeping.apply_batch`.
+
+        Raises LedgerError, and writes nothing, if another file has taken the ledger's place.
+        """
+        if self._file is not None:
+            self._file.check()
         with writing(self._engine) as connection:
             return apply_batch(connection, batch, int(self._clock()))
 

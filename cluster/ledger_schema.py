@@ -207,6 +207,33 @@ def open_engine(url: URL) -> Engine:
     return engine
 
 
+class LedgerFile:
+    """The file of an open ledger, known by more than its path.
+
+    Open connections go on with a file that another one has replaced, new ones do not: what they
+    read and write would be of two ledgers.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._identity = self._find()
+
+    def check(self) -> None:
+        """Raise LedgerError unless the file is in its place. Takes a microsecond."""
+        if self._find() != self._identity:
+            raise LedgerError(
+                f"the ledger {self.path} was replaced by another file while it was in use. Restart "
+                "the cluster's gateway and steward: `raysmith down`, then `raysmith up`."
+            )
+
+    def _find(self) -> tuple[int, int]:
+        try:
+            found = os.stat(self.path)  # noqa: PTH116 - half the time of Path.stat, per request
+        except OSError as error:
+            raise LedgerError(f"the ledger {self.path} cannot be read: {error}.") from None
+        return found.st_dev, found.st_ino
+
+
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
     """Yield a connection inside a transaction that may write; it is committed at the end."""

@@ -10,7 +10,7 @@ import pytest
 from ledger_fakes import Clock
 from sqlalchemy import event, select, text, update
 
-from cluster.accounting import Key, Limits, Scope, Team
+from cluster.accounting import Answer, Batch, Key, Limits, Scope, Team
 from cluster.errors import AccountError, ConfigError, LedgerError
 from cluster.ledger import Ledger
 from cluster.ledger_reader import LedgerReader
@@ -306,19 +306,35 @@ def test_file_when_it_is_no_ledger_is_refused(tmp_path: Path):
         Ledger.open(str(path))
 
 
-def test_file_when_replaced_is_opened_again_by_its_reader(tmp_path: Path):
-    first, second = tmp_path / "a" / "ledger.db", tmp_path / "b" / "ledger.db"
-    with Ledger.open(str(first)) as ledger:
+def replace_ledger(path: Path, team: str) -> None:
+    """Put another ledger in the place of one that is in use."""
+    other = path.parent / "other" / "ledger.db"
+    with Ledger.open(str(other)) as ledger:
+        ledger.add_team(Team(name=team))
+    other.replace(path)
+
+
+def test_file_when_replaced_is_not_read_any_more(tmp_path: Path):
+    path = tmp_path / "ledger.db"
+    with Ledger.open(str(path)) as ledger:
         ledger.add_team(Team(name="a"))
         reader = LedgerReader(ledger)
-    with Ledger.open(str(second)):
-        pass
-    second.replace(first)
-    assert reader.current().revision == 1
-    first.unlink()
-    with pytest.raises(LedgerError, match="cannot be read"):
-        reader.current()
-    reader.close()
+        replace_ledger(path, team="b")
+        with pytest.raises(LedgerError, match=r"was replaced .*\. Restart .*gateway and steward"):
+            reader.current()
+        path.unlink()
+        with pytest.raises(LedgerError, match="cannot be read"):
+            reader.current()
+        reader.close()
+
+
+def test_file_when_replaced_is_not_charged_any_more(tmp_path: Path):
+    path = tmp_path / "ledger.db"
+    with Ledger.open(str(path)) as ledger:
+        assert ledger.apply(Batch("w", 1)) == Answer()
+        replace_ledger(path, team="b")
+        with pytest.raises(LedgerError, match=r"was replaced .*\. Restart .*gateway and steward"):
+            ledger.apply(Batch("w", 2))
 
 
 def test_file_when_many_processes_open_it_first_has_one_pepper(tmp_path: Path):
