@@ -17,7 +17,7 @@ from ledger_fakes import (
 
 from cluster.accounting import WRITER_TTL_S, Limits, Return, Team, month_of
 from serving.gateway.accounts_client import LedgerAccounts
-from serving.gateway.budgets import REQUESTS_PER_LEASE, Budgets
+from serving.gateway.budgets import REQUESTS_PER_LEASE, Budgets, Held
 from serving.gateway.errors import RefusedError
 from serving.gateway.ledger_writer import Pace
 
@@ -214,6 +214,89 @@ def test_take_when_the_time_ends_as_it_is_granted_is_503_and_gives_the_tokens_ba
         assert refused.status == 503
         budgets.close()
         assert budgets.returns() == [Return("a", "2026-11", 0, 100 * REQUESTS_PER_LEASE)]
+
+    asyncio.run(test())
+
+
+MONTH = "2026-11"
+
+
+async def take(budgets: Budgets, num_tokens: int) -> "asyncio.Task[Held]":
+    """Begin to take tokens."""
+    call = asyncio.create_task(budgets.take(TEAM, MONTH, num_tokens))
+    await asyncio.sleep(0)
+    return call
+
+
+async def with_tokens(budgets: Budgets, *, held: int, free: int) -> Held:
+    """Have tokens leased, of which a request holds some."""
+    call = await take(budgets, held)
+    budgets.granted(budgets.leases(), [held + free])
+    return await call
+
+
+def test_take_when_tokens_come_back_is_not_overtaken_by_a_smaller_request():
+    async def test() -> None:
+        asked: list[None] = []
+        budgets = Budgets(lambda: asked.append(None))
+        held = await with_tokens(budgets, held=100, free=60)
+        large = await take(budgets, 200)
+        leases = budgets.leases()
+        small = await take(budgets, 50)
+        held.settle(99)  # With the one that comes back there are 61.
+        await asyncio.sleep(0)
+        assert not small.done()
+        asked.clear()
+        assert leases[0].needed == 140
+        budgets.granted(leases, [140])
+        assert (await large).num_tokens == 200
+        assert asked
+        budgets.granted(budgets.leases(), [49])
+        assert (await small).num_tokens == 50
+
+    asyncio.run(test())
+
+
+def test_take_when_what_was_asked_for_it_was_spent_meanwhile_is_asked_for_again():
+    async def test() -> None:
+        asked: list[None] = []
+        budgets = Budgets(lambda: asked.append(None))
+        held = await with_tokens(budgets, held=100, free=60)
+        call = await take(budgets, 200)
+        leases = budgets.leases()
+        held.settle(150)  # More than it held: 50 of the 60.
+        asked.clear()
+        budgets.granted(leases, [140])
+        assert asked
+        (lease,) = budgets.leases()
+        assert lease.needed == 50
+        budgets.granted([lease], [50])
+        assert (await call).num_tokens == 200
+
+    asyncio.run(test())
+
+
+def test_take_when_the_ledger_has_too_little_for_one_serves_the_next():
+    async def test() -> None:
+        budgets = Budgets(lambda: None)
+        large, small, larger = [await take(budgets, tokens) for tokens in (5000, 100, 1000)]
+        budgets.granted(budgets.leases(), [1000])
+        assert (await refusal(large)).code == "insufficient_quota"
+        assert (await small).num_tokens == 100
+        assert (await refusal(larger)).code == "insufficient_quota"
+
+    asyncio.run(test())
+
+
+def test_take_when_the_one_before_it_gives_up_goes_on_with_what_there_is():
+    async def test() -> None:
+        budgets = Budgets(lambda: None)
+        await with_tokens(budgets, held=100, free=60)
+        large = await take(budgets, 200)
+        small = await take(budgets, 50)
+        assert not small.done()
+        large.cancel()
+        assert (await small).num_tokens == 50
 
     asyncio.run(test())
 
