@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from sqlalchemy import Connection, Engine, Row, insert, select, update
 from sqlalchemy.engine import URL
@@ -34,6 +34,14 @@ class Snapshot:
     teams: Mapping[str, Team]
     keys: Mapping[str, Key]
     by_digest: Mapping[str, Key]
+
+
+class Rotated(NamedTuple):
+    """A key with its new end, and the one that follows it with its secret."""
+
+    old: Key
+    new: Key
+    secret: str
 
 
 class Ledger:
@@ -128,7 +136,7 @@ class Ledger:
             self._team(connection, key.team, is_locked=True)
             return self._insert_key(connection, key)
 
-    def rotate_key(self, key_id: str, *, overlap_s: int) -> tuple[Key, str]:
+    def rotate_key(self, key_id: str, *, overlap_s: int) -> Rotated:
         """Make another key like this one, which ends after `overlap_s` if it does not sooner.
 
         The new one lives as long as the old one was to before any rotation. Raises AccountError if
@@ -150,7 +158,8 @@ class Ledger:
                 next_end_s = now_s + first_end_s - old.created_s
             rows = update(schema.keys).where(schema.keys.c.id == key_id)
             connection.execute(rows.values(expires_s=end_s))
-            return self._insert_key(connection, old.replace(expires_s=next_end_s))
+            new, secret = self._insert_key(connection, old.replace(expires_s=next_end_s))
+            return Rotated(old.replace(expires_s=end_s), new, secret)
 
     def revoke_key(self, key_id: str) -> Key:
         """End a key at once. Raises AccountError if there is none."""

@@ -10,6 +10,7 @@ import pytest
 import raysmith
 from cluster.accounting import Account, Batch, Charge, Used, hour_of, month_of
 from cluster.ledger import Ledger
+from raysmith_accounts.options import when
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +66,21 @@ def test_key_when_rotated_and_revoked_is_listed_so(capsys):
     (new,) = shown.values()
     assert (new["revoked_s"], new["expires_s"]) == (None, None)
     assert "revoked" in run(capsys, "keys", "list")
+
+
+def test_key_when_rotated_says_when_the_old_one_ends(capsys):
+    run(capsys, "teams", "add", "me")
+    run(capsys, "keys", "new", "me", "--expires-in-days", "0.01")
+    (key,) = listed(capsys, "keys")
+    assert raysmith.main(["keys", "rotate", key["id"]]) == 0
+    said = capsys.readouterr().err
+    assert f"the old key `{key['id']}` ends {when(key['expires_s'])}" in said
+
+
+def test_key_when_its_label_looks_like_markup_is_listed_as_it_is(capsys):
+    run(capsys, "teams", "add", "me")
+    run(capsys, "keys", "new", "me", "--label", "[/red]")
+    assert "[/red]" in run(capsys, "keys", "list")
 
 
 def test_team_when_set_changes_what_is_named_only(capsys):

@@ -128,9 +128,10 @@ def test_key_when_rotated_gives_another_and_ends_after_the_overlap(ledger: Ledge
     ledger.add_team(Team(name="a"))
     limits = Limits(max_choices=2)
     old, old_secret = ledger.new_key(key_of("a", limits=limits, expires_s=NOW_S + 1000))
-    new, new_secret = ledger.rotate_key(old.id, overlap_s=60)
+    ended, new, new_secret = ledger.rotate_key(old.id, overlap_s=60)
     found = ledger.snapshot().keys
-    assert found[old.id].expires_s == NOW_S + 60
+    assert found[old.id] == ended
+    assert ended.expires_s == NOW_S + 60
     assert (found[new.id].expires_s, found[new.id].limits) == (NOW_S + 1000, limits)
     assert old_secret != new_secret
 
@@ -138,8 +139,9 @@ def test_key_when_rotated_gives_another_and_ends_after_the_overlap(ledger: Ledge
 def test_key_when_rotated_never_lives_longer_than_it_was_to(ledger: Ledger):
     ledger.add_team(Team(name="a"))
     old, _ = ledger.new_key(key_of("a", expires_s=NOW_S + 10))
-    ledger.rotate_key(old.id, overlap_s=60)
-    assert ledger.snapshot().keys[old.id].expires_s == NOW_S + 10
+    ended, _, _ = ledger.rotate_key(old.id, overlap_s=60)
+    assert ended == ledger.snapshot().keys[old.id]
+    assert ended.expires_s == NOW_S + 10
 
 
 def test_key_when_revoked_cannot_be_rotated(ledger: Ledger):
@@ -176,9 +178,9 @@ def test_key_when_revoked_while_it_is_rotated_has_no_successor(any_ledger: str, 
 def test_key_when_rotated_twice_gives_keys_that_never_end_either(ledger: Ledger, clock: Clock):
     ledger.add_team(Team(name="a"))
     old, _ = ledger.new_key(key_of("a"))
-    first, _ = ledger.rotate_key(old.id, overlap_s=60)
+    _, first, _ = ledger.rotate_key(old.id, overlap_s=60)
     clock.now_s += 10
-    second, _ = ledger.rotate_key(old.id, overlap_s=60)
+    _, second, _ = ledger.rotate_key(old.id, overlap_s=60)
     found = ledger.snapshot().keys
     assert [found[key.id].expires_s for key in (old, first, second)] == [NOW_S + 60, None, None]
 
@@ -190,8 +192,8 @@ def test_key_when_rotated_twice_gives_keys_that_live_as_long_as_it_was_to(
     old, _ = ledger.new_key(key_of("a", expires_s=NOW_S + 1000))
     ledger.rotate_key(old.id, overlap_s=60)
     clock.now_s += 10
-    second, _ = ledger.rotate_key(old.id, overlap_s=60)
-    third, _ = ledger.rotate_key(second.id, overlap_s=60)
+    _, second, _ = ledger.rotate_key(old.id, overlap_s=60)
+    _, third, _ = ledger.rotate_key(second.id, overlap_s=60)
     assert (second.expires_s, third.expires_s) == (NOW_S + 1010, NOW_S + 1010)
 
 
@@ -201,7 +203,7 @@ def test_ledger_when_made_before_rotations_were_kept_is_used(any_ledger: str, le
         connection.exec_driver_sql("DROP TABLE rotations")
     with Ledger.open(any_ledger, clock=Clock(NOW_S)) as again:
         made, _ = again.new_key(key_of("a"))
-        assert again.rotate_key(made.id, overlap_s=60)[0].expires_s is None
+        assert again.rotate_key(made.id, overlap_s=60).new.expires_s is None
 
 
 def test_reading_when_something_changes_meanwhile_sees_one_state(any_ledger: str, ledger: Ledger):
