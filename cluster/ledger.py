@@ -45,7 +45,7 @@ class Rotated(NamedTuple):
 
 
 class Ledger:
-    """An open ledger; used by one thread at a time."""
+    """An open ledger; used by any thread, since each call has a connection of its own."""
 
     def __init__(self, engine: Engine, pepper: Pepper, clock: Callable[[], float]) -> None:
         self._engine = engine

@@ -59,10 +59,9 @@ class LedgerAccounts:
         return Principal(key.id, key.team, key.scopes, team.models)
 
     async def reserve(
-        self, principal: Principal, request_id: str, num_tokens: int, num_choices: int
+        self, principal: Principal, num_tokens: int, num_choices: int
     ) -> "LedgerReservation":
         """Hold what a request may use at most; see `Accounts.reserve`."""
-        del request_id  # what is held is known by its lease; the request needs no name there
         key, team = self._find(principal)
         bounds = [
             Bound(f"key `{key.id}`", key.limits),

@@ -100,9 +100,7 @@ class Answering:
         assert call.place is not None, "a request that generates holds a place"
         call.place.grow(inference.total_choices)
         most = most_generation_tokens(model, inference, self.limits.answer_tokens)
-        reservation = await self._accounts.reserve(
-            call.caller(), call.request_id, most, inference.total_choices
-        )
+        reservation = await self._accounts.reserve(call.caller(), most, inference.total_choices)
         running = Running(question, call, self._metrics.meter(call))
         try:
             asked = msgspec.structs.replace(inference, request_id=call.request_id, team=call.team)

@@ -38,7 +38,7 @@ def test_budget_when_200_calls_are_parallel_is_never_overspent(any_ledger: str, 
     async def call(accounts: LedgerAccounts, number: int) -> None:
         principal = await accounts.authenticate(service.secret)
         try:
-            held = await accounts.reserve(principal, str(number), 100, 1)
+            held = await accounts.reserve(principal, 100, 1)
         except RefusedError as error:
             refused.append(error.refused)
             return
@@ -72,7 +72,7 @@ def test_budget_when_requests_use_less_serves_more_of_them(budgeted: Service):
         principal = await accounts.authenticate(budgeted.secret)
         while True:
             try:
-                held = await accounts.reserve(principal, "x", 100, 1)
+                held = await accounts.reserve(principal, 100, 1)
             except RefusedError:
                 return
             held.settle(spent(10))
@@ -88,8 +88,8 @@ def test_budget_when_leased_ahead_needs_few_batches(tmp_path: Path):
 
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(service.secret)
-        for number in range(640):
-            (await accounts.reserve(principal, str(number), 100, 1)).settle(spent(100))
+        for _ in range(640):
+            (await accounts.reserve(principal, 100, 1)).settle(spent(100))
 
     service.run(test)
     assert len(service.steward.batches) < 640 / REQUESTS_PER_LEASE * 3
@@ -100,8 +100,8 @@ def test_budget_when_leased_ahead_needs_few_batches(tmp_path: Path):
 def test_budget_when_more_was_used_than_held_is_charged_in_full(budgeted: Service):
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(budgeted.secret)
-        (await accounts.reserve(principal, "1", 100, 1)).settle(spent(9_990))
-        assert (await refusal(accounts.reserve(principal, "2", 100, 1))).status == 429
+        (await accounts.reserve(principal, 100, 1)).settle(spent(9_990))
+        assert (await refusal(accounts.reserve(principal, 100, 1))).status == 429
 
     budgeted.run(test)
     assert budgeted.balance == (9_990, 0)
@@ -110,11 +110,11 @@ def test_budget_when_more_was_used_than_held_is_charged_in_full(budgeted: Servic
 def test_budget_when_raised_serves_again_at_once(budgeted: Service):
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(budgeted.secret)
-        await refusal(accounts.reserve(principal, "1", 10_001, 1))
+        await refusal(accounts.reserve(principal, 10_001, 1))
         change = {"tokens_per_month": 20_000}
         budgeted.ledger.change_team("a", lambda team: team.replace(**change))
         principal = await accounts.authenticate(budgeted.secret)
-        (await accounts.reserve(principal, "2", 10_001, 1)).settle(None)
+        (await accounts.reserve(principal, 10_001, 1)).settle(None)
 
     budgeted.run(test)
 
@@ -126,9 +126,9 @@ def test_budget_when_refused_gives_the_limits_back(tmp_path: Path):
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(service.secret)
         for _ in range(3):
-            refused = await refusal(accounts.reserve(principal, "1", 101, 1))
+            refused = await refusal(accounts.reserve(principal, 101, 1))
             assert refused.code == "insufficient_quota"
-        await accounts.reserve(principal, "2", 100, 1)
+        await accounts.reserve(principal, 100, 1)
 
     service.run(test)
     service.ledger.close()
@@ -141,7 +141,7 @@ def test_budget_when_the_steward_does_not_answer_is_503(
 
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(budgeted.secret)
-        refused = await refusal(accounts.reserve(principal, "1", 10, 1))
+        refused = await refusal(accounts.reserve(principal, 10, 1))
         assert (refused.status, refused.retry_after_s) == (503, 1)
 
     budgeted.run(test, QUICK)
@@ -151,7 +151,7 @@ def test_budget_when_a_waiting_call_is_cancelled_holds_nothing(budgeted: Service
     async def test(accounts: LedgerAccounts) -> None:
         budgeted.steward.held = asyncio.Event()
         principal = await accounts.authenticate(budgeted.secret)
-        calls = [asyncio.create_task(accounts.reserve(principal, str(n), 100, 1)) for n in range(9)]
+        calls = [asyncio.create_task(accounts.reserve(principal, 100, 1)) for _ in range(9)]
         await asyncio.sleep(0.01)
         for call in calls[:8]:
             call.cancel()
@@ -308,10 +308,10 @@ def test_budget_when_the_ledger_was_silent_for_long_is_leased_anew(
 
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(budgeted.secret)
-        held = await accounts.reserve(principal, "1", 100, 1)
+        held = await accounts.reserve(principal, 100, 1)
         working, dead = budgeted.steward.apply, DeadSteward().apply
         budgeted.steward.apply = dead
-        (await accounts.reserve(principal, "2", 100, 1)).settle(spent(10))
+        (await accounts.reserve(principal, 100, 1)).settle(spent(10))
         budgeted.monotonic.now_s += WRITER_TTL_S
         await asyncio.sleep(0.02)
         budgeted.steward.apply = working
@@ -324,9 +324,9 @@ def test_budget_when_the_ledger_was_silent_for_long_is_leased_anew(
 def test_month_when_it_ends_starts_a_new_budget(budgeted: Service):
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(budgeted.secret)
-        old = await accounts.reserve(principal, "1", 10_000, 1)
+        old = await accounts.reserve(principal, 10_000, 1)
         budgeted.clock.now_s += 31 * 24 * 3600
-        new = await accounts.reserve(principal, "2", 10_000, 1)
+        new = await accounts.reserve(principal, 10_000, 1)
         old.settle(spent(4_000))
         new.settle(spent(5_000))
 
@@ -339,7 +339,7 @@ def test_month_when_it_ends_starts_a_new_budget(budgeted: Service):
 def test_settle_when_nothing_was_used_charges_nothing(budgeted: Service):
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(budgeted.secret)
-        (await accounts.reserve(principal, "1", 100, 1)).settle(None)
+        (await accounts.reserve(principal, 100, 1)).settle(None)
 
     budgeted.run(test)
     assert budgeted.balance == (0, 0)
