@@ -1,15 +1,18 @@
 """`raysmith teams`, `keys` and `usage`, called as a person would."""
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import insert
 
 import raysmith
 from cluster.accounting import Account, Batch, Charge, Used, hour_of, month_of
 from cluster.ledger import Ledger
+from cluster.ledger_schema import teams, writing
 from raysmith_accounts.options import when
 
 
@@ -109,6 +112,23 @@ def test_team_when_it_may_exist_is_left_as_it_is(capsys):
     (team,) = listed(capsys, "teams")
     assert team["limits"]["max_choices"] == 4
     assert raysmith.main(["teams", "add", "me"]) == 2
+
+
+def test_team_when_another_adds_it_at_this_moment_is_left_as_it_is(
+    request: pytest.FixtureRequest,
+):
+    url = request.getfixturevalue("postgres").new_ledger()
+    command = ["teams", "add", "me", "--exist-ok", "--ledger", url]
+    codes: list[int] = []
+    with Ledger.open(url) as ledger:
+        other = threading.Thread(target=lambda: codes.append(raysmith.main(command)))
+        with writing(ledger.engine) as connection:
+            row = {"name": "me", "is_suspended": False, "created_s": 0}
+            connection.execute(insert(teams).values(row))
+            other.start()
+            other.join(0.5)  # Held up until this is committed.
+        other.join()
+    assert codes == [0]
 
 
 def test_usage_when_something_was_used_adds_it_up(capsys):
