@@ -54,7 +54,7 @@ DeadlineMs = Annotated[
 ]
 # A ticket is a secret that only its holder has, and it works once: any page may read its stream.
 _CROSS_ORIGIN = ((b"access-control-allow-origin", b"*"),)
-_BAD_TICKET = Refused(
+BAD_TICKET = Refused(
     HTTPStatus.UNAUTHORIZED,
     "this address was not given out, was read before or is too old. Ask for another one: POST "
     "/v1/event-streams.",
@@ -135,11 +135,16 @@ def add_event_stream_routes(app: FastAPI, service: InferenceService) -> None:
         openapi_extra=request_examples(EVENT_STREAMS),
     )
     async def make_event_stream(
-        body: Annotated[EventStreamRequest, BodyParameter()], request: Request
+        body: Annotated[EventStreamRequest, BodyParameter()],
+        request: Request,
+        deadline_ms: DeadlineMs = None,
     ) -> Response:
-        """Get a one-time address at which a browser's EventSource reads the answer."""
+        """Get a one-time address at which a browser's EventSource reads the answer.
+
+        A deadline counts from when it is read.
+        """
         call = call_of(request.scope)
-        question = _question(service, body.body, call.caller(), None)
+        question = _question(service, body.body, call.caller(), deadline_ms)
         question = replace(question, is_stream=True, headers=_CROSS_ORIGIN)
         ticket = service.tickets.issue(question, call)
         document = {
@@ -167,7 +172,7 @@ def add_event_stream_routes(app: FastAPI, service: InferenceService) -> None:
             raise RefusedError(Refused(HTTPStatus.BAD_REQUEST, message, code="no_replay"))
         held = service.tickets.redeem(ticket)
         if held is None:
-            raise RefusedError(_BAD_TICKET)
+            raise RefusedError(BAD_TICKET)
 
         def keep(refused: Refused) -> None:
             if refused.retry_after_s is not None:

@@ -63,7 +63,7 @@ def add_operation_routes(app: FastAPI, backend: Backend, metrics: GatewayMetrics
 
     @app.get("/healthz", responses=answers(None))
     async def is_alive() -> dict[str, str]:
-        """Say that the gateway runs; the one route without a key."""
+        """Say that the gateway runs."""
         return {"status": "ok"}
 
     @app.get("/readyz", response_model=None, responses=answers(None))

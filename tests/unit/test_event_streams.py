@@ -135,6 +135,16 @@ def test_event_stream_when_its_request_is_wrong_is_400_at_once(body: object, par
         assert response.json()["error"]["param"] == param
 
 
+def test_event_stream_when_a_deadline_was_asked_for_keeps_to_it():
+    gateway = Gateway()
+    headers = {"x-deadline-ms": "50"}
+    made = gateway.call("POST", "/v1/event-streams", json=CHAT, headers=headers)
+    gateway.backend.batches = [[Started(1)]]
+    gateway.backend.release = asyncio.Event()
+    last = stream_documents(read(gateway, made.json()["url"]))[-1]
+    assert last["error"]["code"] == "deadline_exceeded"
+
+
 def test_ticket_when_it_is_old_is_unknown():
     now = 0.0
     tickets = Tickets(GatewayLimits(ticket_lifetime_s=30), lambda: now)
