@@ -21,6 +21,7 @@ from cluster.errors import ConfigError
 from cluster.storage import check_name
 
 HOUR_S = 3600
+MAX_COUNT = 2**63 - 1  # What a column of the ledger holds.
 # A writer that was silent for so long has died: what it leased is free again.
 WRITER_TTL_S = 300
 # Asks to compare a version's answers: charged like any other, and no part of its outcomes.
@@ -38,9 +39,13 @@ class Scope(StrEnum):
 class Limits(StrictModel):
     """Bounds of a team or of one key; unset: none."""
 
-    requests_per_min: int | None = Field(None, ge=1, description="Requests in any 60 s.")
-    tokens_per_min: int | None = Field(None, ge=1, description="Tokens in any 60 s.")
-    max_choices: int | None = Field(None, ge=1, description="Sequences generated at a time.")
+    requests_per_min: int | None = Field(
+        None, ge=1, le=MAX_COUNT, description="Requests in any 60 s."
+    )
+    tokens_per_min: int | None = Field(None, ge=1, le=MAX_COUNT, description="Tokens in any 60 s.")
+    max_choices: int | None = Field(
+        None, ge=1, le=MAX_COUNT, description="Sequences generated at a time."
+    )
 
 
 class Team(StrictModel):
@@ -49,7 +54,10 @@ class Team(StrictModel):
     name: str = Field(description="Name of the team.")
     limits: Limits = Field(Limits(), description="Bounds of all its keys together.")
     tokens_per_month: int | None = Field(
-        None, ge=0, description="Budget of prompt and generated tokens a month; unset: none."
+        None,
+        ge=0,
+        le=MAX_COUNT,
+        description="Budget of prompt and generated tokens a month; unset: none.",
     )
     models: frozenset[str] | None = Field(None, description="Models it may ask; unset: all.")
     is_suspended: bool = Field(False, description="Whether its keys are refused.")
@@ -219,10 +227,11 @@ def hour_of(now_s: float) -> int:
 
 
 def month_hours(month: str) -> tuple[int, int]:
-    """Return a month's first hour and the first one after it. Raises ConfigError for no month."""
+    """Return a month's first hour and the first one after it. Raises ConfigError if it has none."""
     try:
         first = datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
-    except ValueError:
-        raise ConfigError(f"`{month}` is not a month. Write one like 2026-11.") from None
-    end = first.replace(year=first.year + first.month // 12, month=first.month % 12 + 1)
+        end = first.replace(year=first.year + first.month // 12, month=first.month % 12 + 1)
+    except ValueError:  # also for the last month that a date can have
+        message = f"`{month}` is not a month that usage can be of. Write one like 2026-11."
+        raise ConfigError(message) from None
     return hour_of(first.timestamp()), hour_of(end.timestamp())

@@ -123,7 +123,10 @@ def _write_charge(connection: Connection, charge: Charge) -> None:
 def _lease(connection: Connection, writer: str, lease: Lease) -> int:
     # The lock makes two stewards of one PostgreSQL take turns at a team's budget.
     query = select(schema.teams.c.tokens_per_month).where(schema.teams.c.name == lease.team)
-    budget = connection.execute(query.with_for_update()).scalar_one_or_none()
+    team = connection.execute(query.with_for_update()).one_or_none()
+    if team is None:  # Teams are never removed: this is not the ledger that the writer reads.
+        return 0
+    budget = team.tokens_per_month
     remaining = read_balance(connection, lease.team, budget, lease.month).remaining
     tokens = grant(remaining, lease)
     if tokens:

@@ -9,7 +9,8 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 from sqlalchemy import Connection, Engine, Row, insert, select, update
 from sqlalchemy.engine import URL
@@ -19,7 +20,7 @@ from cluster import ledger_schema as schema
 from cluster.accounting import Answer, Balance, Batch, Key, Limits, Scope, Team, UsageRow
 from cluster.bookkeeping import apply_batch, read_balance, read_usage
 from cluster.errors import AccountError, LedgerError
-from cluster.ledger_schema import ledger_url, open_engine, reading, writing
+from cluster.ledger_schema import LedgerFile, is_file, ledger_url, open_engine, reading, writing
 from cluster.pepper import Pepper, create_pepper, load_pepper, make_key, pepper_path
 
 _LIMITS = tuple(Limits.model_fields)
@@ -35,11 +36,20 @@ class Snapshot:
     by_digest: Mapping[str, Key]
 
 
+class Rotated(NamedTuple):
+    """A key with its new end, and the one that follows it with its secret."""
+
+    old: Key
+    new: Key
+    secret: str
+
+
 class Ledger:
-    """An open ledger; used by one thread at a time."""
+    """An open ledger; used by any thread, since each call has a connection of its own."""
 
     def __init__(self, engine: Engine, pepper: Pepper, clock: Callable[[], float]) -> None:
         self._engine = engine
+        self._file = LedgerFile(Path(engine.url.database or "")) if is_file(engine.url) else None
         self._pepper = pepper
         self._clock = clock
 
@@ -62,6 +72,11 @@ class Ledger:
     def engine(self) -> Engine:
         """The database, for those that keep a connection of their own."""
         return self._engine
+
+    @property
+    def file(self) -> LedgerFile | None:
+        """The file it is in, or None for one on a server."""
+        return self._file
 
     def close(self) -> None:
         """Close every connection."""
@@ -121,7 +136,7 @@ class Ledger:
             self._team(connection, key.team, is_locked=True)
             return self._insert_key(connection, key)
 
-    def rotate_key(self, key_id: str, *, overlap_s: int) -> tuple[Key, str]:
+    def rotate_key(self, key_id: str, *, overlap_s: int) -> Rotated:
         """Make another key like this one, which ends after `overlap_s` if it does not sooner.
 
         The new one lives as long as the old one was to before any rotation. Raises AccountError if
@@ -143,7 +158,8 @@ class Ledger:
                 next_end_s = now_s + first_end_s - old.created_s
             rows = update(schema.keys).where(schema.keys.c.id == key_id)
             connection.execute(rows.values(expires_s=end_s))
-            return self._insert_key(connection, old.replace(expires_s=next_end_s))
+            new, secret = self._insert_key(connection, old.replace(expires_s=next_end_s))
+            return Rotated(old.replace(expires_s=end_s), new, secret)
 
     def revoke_key(self, key_id: str) -> Key:
         """End a key at once. Raises AccountError if there is none."""
@@ -184,7 +200,12 @@ class Ledger:
         )
 
     def apply(self, batch: Batch) -> Answer:
-        """Write what a gateway used and lease what it asks for; see `bookkeeping.apply_batch`."""
+        """Write what a gateway used and lease what it asks for; see `bookkeeping.apply_batch`.
+
+        Raises LedgerError, and writes nothing, if another file has taken the ledger's place.
+        """
+        if self._file is not None:
+            self._file.check()
         with writing(self._engine) as connection:
             return apply_batch(connection, batch, int(self._clock()))
 

@@ -5,9 +5,7 @@ connection, so that a revoked key is refused by the next request; the rest is re
 that has changed. It writes nothing.
 """
 
-import os
 import sqlite3
-from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -16,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.errors import LedgerError
 from cluster.ledger import Ledger, Snapshot
-from cluster.ledger_schema import is_file, ledger_errors
+from cluster.ledger_schema import LedgerFile, ledger_errors
 
 _QUERY = "SELECT revision FROM ledger"
 
@@ -26,10 +24,9 @@ class LedgerReader:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        url = ledger.engine.url
-        self.is_local = is_file(url)
+        self.is_local = ledger.file is not None
         self._source: _RevisionSource = (
-            _FileRevision(Path(url.database or "")) if self.is_local else _ServerRevision(ledger)
+            _ServerRevision(ledger) if ledger.file is None else _FileRevision(ledger.file)
         )
         self._snapshot = ledger.snapshot()
 
@@ -42,7 +39,7 @@ class LedgerReader:
         """Return the teams and keys as they are now.
 
         Takes a few microseconds where `is_local`, else a round trip to the server. Raises
-        LedgerError if the ledger cannot be read.
+        LedgerError if the ledger cannot be read, or another file has taken its place.
         """
         if self._source.read() != self._snapshot.revision:
             self._snapshot = self._ledger.snapshot()
@@ -62,29 +59,25 @@ class _RevisionSource(Protocol):
 class _FileRevision:
     """An SQLite file, asked without the layers above the driver."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._connection, self._identity = self._open()
+    def __init__(self, file: LedgerFile) -> None:
+        self._file = file
+        # Calls come from one thread at a time, but not always from the one that built this.
+        self._connection = sqlite3.connect(
+            f"file:{quote(str(file.path))}?mode=ro",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+        )
 
     def read(self) -> int:
+        self._file.check()
         try:
-            found = os.stat(self._path)  # noqa: PTH116 - half the time of Path.stat, per request
-            if (found.st_dev, found.st_ino) != self._identity:  # another file has taken its place
-                self.close()
-                self._connection, self._identity = self._open()
             return int(self._connection.execute(_QUERY).fetchone()[0])
-        except (OSError, sqlite3.Error) as error:
-            raise LedgerError(f"the ledger {self._path} cannot be read: {error}.") from None
+        except sqlite3.Error as error:
+            raise LedgerError(f"the ledger {self._file.path} cannot be read: {error}.") from None
 
     def close(self) -> None:
         self._connection.close()
-
-    def _open(self) -> tuple[sqlite3.Connection, tuple[int, int]]:
-        # Calls come from one thread at a time, but not always from the one that built this.
-        uri = f"file:{quote(str(self._path))}?mode=ro"
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-        found = self._path.stat()
-        return connection, (found.st_dev, found.st_ino)
 
 
 class _ServerRevision:

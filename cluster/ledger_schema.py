@@ -47,6 +47,15 @@ SCHEMA_VERSION = 1
 LEDGER_VARIABLE = "RAYSMITH_LEDGER"
 _BUSY_TIMEOUT_S = 15.0
 _CREATE_LOCK = 0x5261_7973  # an arbitrary number that names our advisory lock in PostgreSQL
+# For libpq, so that no call waits for a server that has gone or for an answer that never comes.
+_SERVER_BOUNDS = {
+    "connect_timeout": "5",
+    "tcp_user_timeout": "10000",  # ms
+    "keepalives_idle": "10",
+    "keepalives_interval": "3",
+    "keepalives_count": "3",
+}
+_STATEMENT_TIMEOUT_MS = 15_000  # A writer waits for others as long as with SQLite.
 
 metadata = MetaData()
 
@@ -198,6 +207,33 @@ def open_engine(url: URL) -> Engine:
     return engine
 
 
+class LedgerFile:
+    """The file of an open ledger, known by more than its path.
+
+    Open connections go on with a file that another one has replaced, new ones do not: what they
+    read and write would be of two ledgers.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._identity = self._find()
+
+    def check(self) -> None:
+        """Raise LedgerError unless the file is in its place. Takes a microsecond."""
+        if self._find() != self._identity:
+            raise LedgerError(
+                f"the ledger {self.path} was replaced by another file while it was in use. Restart "
+                "the cluster's gateway and steward: `raysmith down`, then `raysmith up`."
+            )
+
+    def _find(self) -> tuple[int, int]:
+        try:
+            found = os.stat(self.path)  # noqa: PTH116 - half the time of Path.stat, per request
+        except OSError as error:
+            raise LedgerError(f"the ledger {self.path} cannot be read: {error}.") from None
+        return found.st_dev, found.st_ino
+
+
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
     """Yield a connection inside a transaction that may write; it is committed at the end."""
@@ -211,8 +247,13 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """Yield a connection that reads one state of the ledger."""
-    with ledger_errors(engine.url), engine.connect() as connection:
+    """Yield a connection that reads one state of the ledger, however many statements it takes."""
+    # PostgreSQL gives each statement a state of its own by default; SQLite never does.
+    options: dict[str, Any] = {} if is_file(engine.url) else {"isolation_level": "REPEATABLE READ"}
+    with (
+        ledger_errors(engine.url),
+        engine.connect().execution_options(**options) as connection,
+    ):
         yield connection
 
 
@@ -268,11 +309,21 @@ def _begin_sqlite(connection: Connection) -> None:
 
 def _postgres_engine(url: URL) -> Engine:
     try:
-        return create_engine(url, pool_pre_ping=True, pool_size=2)
+        return create_engine(url, pool_pre_ping=True, pool_size=2, connect_args=_bounds(url))
     except ModuleNotFoundError:
         raise ConfigError(
             "a ledger in PostgreSQL needs psycopg. Run: pip install 'raysmith[postgres]'"
         ) from None
+
+
+def _bounds(url: URL) -> dict[str, str]:
+    """Return settings of a connection that bound every wait; what was set elsewhere is kept."""
+    bounds = {name: value for name, value in _SERVER_BOUNDS.items() if name not in url.query}
+    given = url.query.get("options") or os.environ.get("PGOPTIONS", "")
+    others = given if isinstance(given, str) else " ".join(given)
+    # The last one of a kind holds: another timeout that was given.
+    options = f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} {others}".rstrip()
+    return {**bounds, "options": options}
 
 
 def _prepare(engine: Engine) -> None:

@@ -11,27 +11,43 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.accounting import Answer, Batch
-from cluster.errors import ClusterError, RaysmithError
+from cluster.errors import ClusterError, LedgerError, RaysmithError
 from cluster.ledger import Ledger
-from cluster.ledger_schema import is_file, ledger_url
+from cluster.ledger_schema import LEDGER_VARIABLE, is_file, ledger_url
 
 NAMESPACE = "raysmith"
 _CALL_TIMEOUT_S = 15.0
 
 
 class Steward:
-    """Writes one ledger."""
+    """Writes the one ledger that it is named after."""
 
-    def __init__(self, given: str | None) -> None:
-        self._ledger = Ledger.open(given)
+    def __init__(self, given: str | None, name: str) -> None:
+        self._given, self._name = given, name
+        self._ledger: Ledger | None = None
 
     def apply(self, batch: Batch) -> Answer:
-        """Write a batch, unless it was written before, and return its answer."""
+        """Write a batch, unless it was written before, and return its answer.
+
+        Raises LedgerError if this process would open another ledger than was meant.
+        """
+        # Not at the start: an error there would reach callers only as the actor's death.
+        if self._ledger is None:
+            self._ledger = self._open()
         return self._ledger.apply(batch)
+
+    def _open(self) -> Ledger:
+        if steward_name(self._given) != self._name:
+            found = ledger_url(self._given).render_as_string(hide_password=True)
+            raise LedgerError(
+                f"the steward would write the ledger {found}, and its gateway meant another. Set "
+                f"{LEDGER_VARIABLE} to the same on every node before Ray is started there."
+            )
+        return Ledger.open(self._given)
 
 
 class RemoteSteward:
@@ -59,8 +75,8 @@ class RemoteSteward:
                 raise error.cause from None
             raise ClusterError(f"the ledger's steward failed: {error}") from error
         except (RayError, TimeoutError) as error:
-            if isinstance(error, ActorDiedError):
-                self._actor = None  # not restarted by Ray any more: start another
+            if isinstance(error, ActorDiedError | ActorUnschedulableError):
+                self._actor = None  # it or its node is gone for good: start another, here
             raise ClusterError(
                 f"the ledger's steward does not answer: {str(error).rstrip('. ') or 'too slow'}. "
                 "Try again."
@@ -71,26 +87,26 @@ class RemoteSteward:
 def start_steward(given: str | None = None) -> ActorHandle:
     """Return the steward of a ledger, started if there is none on this cluster.
 
-    Where the ledger is a file it runs on this machine. Raises ClusterError if it cannot start.
+    It runs on this node, where a ledger that is a file is, and where the environment names the one
+    that is meant. Raises ClusterError if it cannot start.
     """
-    url = ledger_url(given)
+    url, name = ledger_url(given), steward_name(given)
+    node = ray.get_runtime_context().get_node_id()
     options: dict[str, Any] = {
-        "name": steward_name(given),
+        "name": name,
         "namespace": NAMESPACE,
         "get_if_exists": True,
         "lifetime": "detached",
         "num_cpus": 0,
         "max_restarts": -1,
         "max_task_retries": 0,  # callers send a batch again themselves, and count their patience
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
     }
-    if is_file(url):
-        node = ray.get_runtime_context().get_node_id()
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
     # The actor may start in another folder, so a path is made absolute here; a password that the
     # environment gives is not sent.
     address = url.render_as_string(hide_password=False) if given or is_file(url) else None
     try:
-        actor: ActorHandle = ray.remote(Steward).options(**options).remote(address)
+        actor: ActorHandle = ray.remote(Steward).options(**options).remote(address, name)
         return actor
     except (RayError, ValueError) as error:
         raise ClusterError(f"the steward of the ledger cannot start: {error}") from error

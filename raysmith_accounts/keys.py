@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cluster.accounting import Key, Limits, Scope
 from cluster.config import parse_config
@@ -30,6 +31,7 @@ from raysmith_accounts.options import (
 
 keys_app = typer.Typer(help="API keys of the gateway.")
 
+_MOST_DAYS = 36_500
 KeyId = Annotated[str, typer.Argument(metavar="KEY", help="Id of the key, as listed.")]
 
 
@@ -70,16 +72,19 @@ def new_key(
 def rotate_key(
     key_id: KeyId,
     overlap_hours: Annotated[
-        float, typer.Option(min=0, help="How long the old key works beside the new one.")
+        float, typer.Option(help="How long the old key works beside the new one.")
     ] = 24.0,
     ledger: LedgerOption = None,
 ) -> int:
     """Make another key like this one, which ends after a while."""
 
     def action() -> None:
+        overlap_s = _overlap_s(overlap_hours)
         with Ledger.open(ledger) as opened:
-            _show_key(*opened.rotate_key(key_id, overlap_s=round(3600 * overlap_hours)))
-        say(f"the old key `{key_id}` ends in {overlap_hours:g} hours")
+            old, new, secret = opened.rotate_key(key_id, overlap_s=overlap_s)
+        _show_key(new, secret)
+        assert old.expires_s is not None, "a rotated key ends"
+        say(f"the old key `{key_id}` ends {when(old.expires_s)}")
 
     return guard(action)
 
@@ -113,8 +118,9 @@ def list_keys(
         table = Table("key", "team", "label", "scopes", "made", "state", title="keys")
         table.columns[0].no_wrap = True  # it is typed again, for `rotate` and `revoke`
         for key in keys:
-            scopes = ", ".join(sorted(key.scopes))
-            table.add_row(key.id, key.team, key.label, scopes, when(key.created_s), _state(key))
+            scopes, made = ", ".join(sorted(key.scopes)), when(key.created_s)
+            label = Text(key.label)  # As it is: rich would read `[x]` in it as markup.
+            table.add_row(key.id, key.team, label, scopes, made, _state(key))
         Console().print(table)
 
     return guard(action)
@@ -123,9 +129,16 @@ def list_keys(
 def _end_s(days: float | None) -> int | None:
     if days is None:
         return None
-    if not 0 < days < 36500:
-        raise ConfigError(f"--expires-in-days {days:g}: expected days between 0 and 36500.")
+    if not 0 < days < _MOST_DAYS:
+        raise ConfigError(f"--expires-in-days {days:g}: expected days between 0 and {_MOST_DAYS}.")
     return round(time.time() + 24 * 3600 * days)
+
+
+def _overlap_s(hours: float) -> int:
+    if not 0 <= hours < 24 * _MOST_DAYS:  # nor what is no number
+        most = 24 * _MOST_DAYS
+        raise ConfigError(f"--overlap-hours {hours:g}: expected hours between 0 and {most}.")
+    return round(3600 * hours)
 
 
 def _show_key(key: Key, secret: str) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cluster.accounting import Limits, Team, month_of
 from cluster.config import parse_config
+from cluster.errors import AccountError
 from cluster.ledger import Ledger
 from jobs.entry import guard, print_json
 from raysmith_accounts.options import (
@@ -59,10 +60,13 @@ def add_team(
         values = {"name": name, "limits": limits, **changes}
         team = parse_config(Team, values, "raysmith teams add")
         with Ledger.open(ledger) as opened:
-            if exist_ok and team.name in opened.snapshot().teams:
+            try:
+                opened.add_team(team)
+            except AccountError:
+                if not exist_ok:
+                    raise
                 say(f"team `{team.name}` is there already")
             else:
-                opened.add_team(team)
                 say(f"added team `{team.name}`")
 
     return guard(action)

@@ -87,13 +87,18 @@ class HttpServer:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Ends connections whose request heads take too long or grow too large."""
+    """Ends connections whose request heads take too long or grow too large.
+
+    A connection without a request at work always has a timer that its client cannot stop: uvicorn's
+    own ends with the first byte, whatever that belongs to.
+    """
 
     def __init__(self, head_timeout_s: float, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._head_timeout_s = head_timeout_s
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        self._rest_timer: asyncio.TimerHandle | None = None
 
     def connection_made(  # type: ignore[override]  # as uvicorn narrows it
         self, transport: asyncio.Transport
@@ -105,16 +110,19 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._forget_head()
+        self._forget_rest()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count what belongs to a head."""
+        """Count what belongs to a head; what belongs to no message is waited out like one."""
         if self._head_timer is not None:
             self._head_bytes += len(data)
         super().data_received(data)
         if self._head_timer is not None and self._head_bytes > MAX_HEAD_BYTES:
             self.send_400_response("The request's head is too large.")
             self._forget_head()
+        elif self._is_untimed:  # Empty lines, which the parser passes over.
+            self._expect_head()
 
     def on_message_begin(self) -> None:
         """Begin to wait for a further head."""
@@ -127,6 +135,27 @@ class BoundedHttp(HttpToolsProtocol):
         self._forget_head()
         super().on_headers_complete()
 
+    def on_response_complete(self) -> None:
+        """Wait for the rest of a body, which nobody reads any more, as long as for a head."""
+        # While others wait in the pipeline, `cycle` is one of them, and what ended was whole.
+        is_cut = not self.pipeline and self.cycle.more_body
+        super().on_response_complete()
+        if is_cut and not self.transport.is_closing():
+            self._rest_timer = self.loop.call_later(self._head_timeout_s, self._give_up)
+
+    def on_message_complete(self) -> None:
+        """Begin to wait for a further head where a body came whole after its answer."""
+        super().on_message_complete()
+        if self._rest_timer is not None:
+            self._forget_rest()
+            self._expect_head()
+
+    @property
+    def _is_untimed(self) -> bool:
+        is_idle = self.cycle is None or self.cycle.response_complete
+        is_timed = self._head_timer is not None or self._rest_timer is not None
+        return is_idle and not is_timed and not self.transport.is_closing()
+
     def _expect_head(self) -> None:
         self._head_bytes = 0
         self._head_timer = self.loop.call_later(self._head_timeout_s, self._give_up)
@@ -136,8 +165,13 @@ class BoundedHttp(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def _forget_rest(self) -> None:
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+            self._rest_timer = None
+
     def _give_up(self) -> None:
-        self._head_timer = None
+        self._head_timer = self._rest_timer = None
         self.transport.close()
 
 

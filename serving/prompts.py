@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import RequestError
+from serving.called_tools import template_calls
 from serving.messages import ChatPrompt, Prompt, TextPrompt, TokenPrompt, Turn
 
 _MOST_CHARACTERS = 300
@@ -65,22 +66,8 @@ def _message(turn: Turn) -> dict[str, Any]:
     if turn.tool_call_id is not None:
         message["tool_call_id"] = turn.tool_call_id
     if turn.tool_calls is not None:
-        message["tool_calls"] = [_call(call) for call in json.loads(turn.tool_calls)]
+        message["tool_calls"] = template_calls(turn.tool_calls)
     return message
-
-
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool call with its arguments as an object: templates write them out as JSON."""
-    function = call["function"]
-    try:
-        arguments = json.loads(function["arguments"])
-    except ValueError:
-        arguments = function["arguments"]  # A model wrote no JSON; the template shows it as it is.
-    except RecursionError as error:
-        raise RequestError(
-            f"the arguments of a call of `{function['name']}` are nested too deeply. Flatten them."
-        ) from error
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _cut(error: Exception) -> str:

@@ -45,6 +45,11 @@ from serving.prompts import PromptEncoder
 _logger = logging.getLogger(__name__)
 # Shorter texts are encoded at once: a thread's hop takes longer than their 0.2 ms.
 _MOST_INLINE_CHARACTERS = 4096
+_MODEL_FAILED = Refused(
+    HTTPStatus.INTERNAL_SERVER_ERROR,
+    "the model failed at this request. The operator finds the reason in the replica's log.",
+    code=GENERATION_FAILED,
+)
 
 
 class EngineReplica:
@@ -125,8 +130,9 @@ class EngineReplica:
             self._engine.stats()
         except EngineError:
             return Refused(HTTPStatus.SERVICE_UNAVAILABLE, error.message, code=ENGINE_FAILED)
-        # The engine lives, so it is the model that fails: no other replica would do better.
-        return Refused(HTTPStatus.INTERNAL_SERVER_ERROR, error.message, code=GENERATION_FAILED)
+        # The engine lives, so it is the model that fails: no other replica would do better. What it
+        # says is of this process and may hold parts of the request: it stays in the log.
+        return _MODEL_FAILED
 
     async def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         def encode() -> list[tuple[int, ...]]:

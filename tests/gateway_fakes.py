@@ -134,9 +134,9 @@ class FakeAccounts:
         return self.keys[secret]
 
     async def reserve(
-        self, principal: Principal, request_id: str, num_tokens: int, num_choices: int
+        self, principal: Principal, num_tokens: int, num_choices: int
     ) -> FakeReservation:
-        del principal, request_id
+        del principal
         if self.refusal is not None:
             raise RefusedError(self.refusal)
         self.reservations.append(FakeReservation(num_tokens, num_choices))

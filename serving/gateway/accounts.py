@@ -58,9 +58,7 @@ class Accounts(Protocol):
         """Return who holds this key. RefusedError (401) does not say what is wrong."""
         ...
 
-    async def reserve(
-        self, principal: Principal, request_id: str, num_tokens: int, num_choices: int
-    ) -> Reservation:
+    async def reserve(self, principal: Principal, num_tokens: int, num_choices: int) -> Reservation:
         """Hold what a request may use at most.
 
         Raises RefusedError (429 with the time to wait, or `insufficient_quota`) that names the

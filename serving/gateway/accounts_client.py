@@ -6,13 +6,14 @@ know routes.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 from cluster.accounting import Account, Key, Team, Used, hour_of, month_of
-from cluster.errors import RaysmithError
+from cluster.errors import LedgerError, RaysmithError
 from cluster.ledger import Ledger, Snapshot
 from cluster.ledger_reader import LedgerReader
 from serving.gateway.accounts import KEYS_UNAVAILABLE, UNAUTHORIZED, Principal, Spent
@@ -22,6 +23,7 @@ from serving.gateway.ledger_writer import LedgerWriter, Pace, Steward
 from serving.gateway.rate_limits import Asked, Bound, RateLimits, Taken
 from serving.messages import Refused
 
+_logger = logging.getLogger(__name__)
 _FLUSH_TIMEOUT_S = 2.0
 
 
@@ -40,7 +42,7 @@ class LedgerAccounts:
         """Open the ledger. Raises ConfigError or LedgerError if that cannot be done."""
         self._ledger = Ledger.open(ledger)
         self._reader = LedgerReader(self._ledger)
-        self._checks = _SharedCheck(self._reader)
+        self._checks = SharedCheck(self._reader, pace.check_timeout_s)
         self._rates = RateLimits(monotonic)
         self._writer = LedgerWriter(steward, pace, monotonic)
         self._clock = clock
@@ -57,10 +59,9 @@ class LedgerAccounts:
         return Principal(key.id, key.team, key.scopes, team.models)
 
     async def reserve(
-        self, principal: Principal, request_id: str, num_tokens: int, num_choices: int
+        self, principal: Principal, num_tokens: int, num_choices: int
     ) -> "LedgerReservation":
         """Hold what a request may use at most; see `Accounts.reserve`."""
-        del request_id  # what is held is known by its lease; the request needs no name there
         key, team = self._find(principal)
         bounds = [
             Bound(f"key `{key.id}`", key.limits),
@@ -113,6 +114,7 @@ class LedgerAccounts:
         try:
             return await self._checks.current()
         except RaysmithError as error:
+            _logger.error("no key can be checked: %s", error.message)  # noqa: TRY400 - no bug
             raise RefusedError(KEYS_UNAVAILABLE) from error
 
     def _find(self, principal: Principal) -> tuple[Key, Team]:
@@ -183,21 +185,42 @@ class LedgerReservation:
             self._accounts.charge(self._principal, self._month, spent)
 
 
-class _SharedCheck:
+class Reader(Protocol):
+    """What is asked; `cluster.ledger_reader.LedgerReader` is one."""
+
+    is_local: bool
+
+    def current(self) -> Snapshot:
+        """Return the teams and keys as they are now. Raises LedgerError."""
+        ...
+
+
+class SharedCheck:
     """Asks for the ledger's revision: at once where that is local, else for many callers in one."""
 
-    def __init__(self, reader: LedgerReader) -> None:
+    def __init__(self, reader: Reader, timeout_s: float) -> None:
         self._reader = reader
+        self._timeout_s = timeout_s
         self._running: asyncio.Task[Snapshot] | None = None
         self._next: asyncio.Task[Snapshot] | None = None
 
     async def current(self) -> Snapshot:
-        """Return a snapshot that was current at some moment after this call."""
+        """Return a snapshot that was current at some moment after this call.
+
+        Raises LedgerError, also if there is no answer in time.
+        """
         if self._reader.is_local:
             return self._reader.current()
         if self._next is None:  # the check that runs now may have asked before this call
             self._next = asyncio.create_task(self._check(self._running))
-        return await asyncio.shield(self._next)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                # A thread cannot be cancelled: whoever comes later waits for the same one.
+                return await asyncio.shield(self._next)
+        except TimeoutError:
+            raise LedgerError(
+                f"the ledger's server did not answer within {self._timeout_s:g} s. Check it."
+            ) from None
 
     async def _check(self, before: asyncio.Task[Snapshot] | None) -> Snapshot:
         if before is not None:

@@ -7,7 +7,7 @@ how a backend works.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -80,9 +80,17 @@ class Answering:
         self.limits = limits
         self._backend, self._accounts, self._metrics = backend, accounts, metrics
 
-    def response(self, question: Question, call: Call) -> Response:
-        """Return a response that works when it is sent, and stops when the client leaves."""
-        return _Answer(self, question, call)
+    def response(
+        self,
+        question: Question,
+        call: Call,
+        on_refused: Callable[[Refused], None] = lambda refused: None,
+    ) -> Response:
+        """Return a response that works when it is sent, and stops when the client leaves.
+
+        `on_refused` is called before a refusal is sent, unless a part of the answer was.
+        """
+        return _Answer(self, question, call, on_refused)
 
     @asynccontextmanager
     async def begin(self, question: Question, call: Call) -> AsyncIterator["Running"]:
@@ -92,9 +100,7 @@ class Answering:
         assert call.place is not None, "a request that generates holds a place"
         call.place.grow(inference.total_choices)
         most = most_generation_tokens(model, inference, self.limits.answer_tokens)
-        reservation = await self._accounts.reserve(
-            call.caller(), call.request_id, most, inference.total_choices
-        )
+        reservation = await self._accounts.reserve(call.caller(), most, inference.total_choices)
         running = Running(question, call, self._metrics.meter(call))
         try:
             asked = msgspec.structs.replace(inference, request_id=call.request_id, team=call.team)
@@ -160,9 +166,16 @@ class Running:
 
 
 class _Answer(Response):
-    def __init__(self, answering: Answering, question: Question, call: Call) -> None:
+    def __init__(
+        self,
+        answering: Answering,
+        question: Question,
+        call: Call,
+        on_refused: Callable[[Refused], None],
+    ) -> None:
         super().__init__()
         self._answering, self._question, self._call = answering, question, call
+        self._on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         question, call, limits = self._question, self._call, self._answering.limits
@@ -209,6 +222,7 @@ class _Answer(Response):
         self, refused: Refused, wire: Wire, connection: tuple[Scope, Receive, Send]
     ) -> None:
         if not wire.has_started:
+            self._on_refused(refused)
             await RefusalResponse(refused)(*connection)
         else:
             await self._fail(refused, wire)

@@ -87,14 +87,19 @@ class Budgets:
         return [pool.lease(self._epoch) for pool in pools]
 
     def granted(self, leases: Sequence[Lease], granted: Sequence[int]) -> None:
-        """Take what the ledger granted; requests that it is not enough for are refused."""
+        """Take what the ledger granted; whom it has not enough for is refused.
+
+        Whoever still waits though the ledger gave what was asked for is asked for again.
+        """
         for lease, tokens in zip(leases, granted, strict=True):
             pool = self._pools[lease.team, lease.month]
             if lease.epoch != self._epoch:  # leases were given up while this one was under way
                 self._give_back(pool, tokens, lease.epoch)
                 self._ask()
             else:
-                pool.fill(tokens, self._epoch, is_all=tokens < lease.wanted)
+                pool.fill(tokens, lease)
+                if pool.waiting:
+                    self._ask()
 
     def returns(self) -> list[Return]:
         """Return, once, what was spent of leases, and what idle teams do not need any more."""
@@ -172,6 +177,7 @@ class Budgets:
         """Forget who waits no longer; what it was granted at the last moment is free again."""
         if waiter in pool.waiting:
             pool.waiting.remove(waiter)
+            pool.serve(self._epoch)  # Those behind it may need less.
         if waiter.epoch is not None:
             self._refund(pool, waiter.num_tokens, waiter.epoch)
 
@@ -224,20 +230,31 @@ class _Pool:
         needed = max(0, sum(waiter.num_tokens for waiter in self.waiting) - self.free)
         return Lease(self.team, self.month, epoch, needed, max(needed, self.wanted))
 
-    def fill(self, tokens: int, epoch: int, *, is_all: bool) -> None:
-        """Add tokens; `is_all`: the ledger had no more, so whom they do not reach is refused."""
+    def fill(self, tokens: int, lease: Lease) -> None:
+        """Add tokens; where the ledger had fewer than needed, whom they do not reach is refused.
+
+        In order: what does not cover one may cover the next.
+        """
         self.free += tokens
-        self.is_exhausted = is_all
-        self.serve(epoch)
-        for waiter in [waiter for waiter in self.waiting if waiter.is_asked_for]:
-            self._end(waiter, None)
+        self.is_exhausted = tokens < lease.wanted
+        self.serve(lease.epoch)
+        while tokens < lease.needed and (first := self._first()) and first.is_asked_for:
+            self._end(first, None)
+            self.serve(lease.epoch)
 
     def serve(self, epoch: int) -> None:
-        """Let those who wait go on, in order, as far as the tokens reach."""
-        for waiter in list(self.waiting):
-            if waiter.num_tokens <= self.free and not waiter.future.done():
-                self.free -= waiter.num_tokens
-                self._end(waiter, epoch)
+        """Let those who wait go on, in order, as far as the tokens reach.
+
+        Nobody is overtaken: tokens that come back would go to small requests until the lease that
+        was asked for a large one does not cover it any more.
+        """
+        while (first := self._first()) and first.num_tokens <= self.free:
+            self.free -= first.num_tokens
+            self._end(first, epoch)
+
+    def _first(self) -> _Waiter | None:
+        """Return who is next; one that was cancelled a moment ago is not."""
+        return next((waiter for waiter in self.waiting if not waiter.future.done()), None)
 
     def _end(self, waiter: _Waiter, epoch: int | None) -> None:
         self.waiting.remove(waiter)

@@ -64,7 +64,7 @@ class Embedding:
     async def _embed(self, question: EmbeddingQuestion, call: Call) -> Embedded:
         call.model = model = question.model
         most = most_embedding_tokens(model, question.embedding)
-        reservation = await self._accounts.reserve(call.caller(), call.request_id, most, 1)
+        reservation = await self._accounts.reserve(call.caller(), most, 1)
         spent = None
         try:
             asked = msgspec.structs.replace(

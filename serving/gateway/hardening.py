@@ -26,7 +26,6 @@ _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\Z)', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
 _JSON = re.compile(r"application/(?:[\w.+-]+\+)?json\s*(?:;.*)?", re.IGNORECASE)
-_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
 class CleanHeaders:
@@ -68,15 +67,22 @@ class CleanHeaders:
 
 
 class WholeBodies:
-    """Reads a body within its bounds of size, time and depth, and hands it on in one piece."""
+    """Reads a body within its bounds of size, time and depth, and hands it on in one piece.
+
+    Only of a request that holds a place, so that bodies in memory are as few as places. Whatever
+    else is asked has no body for the application: an answer needs none of it.
+    """
 
     def __init__(self, app: ASGIApp, limits: GatewayLimits) -> None:
         self._app, self._limits = app, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        if scope["type"] != "http" or scope["method"] not in _WITH_BODY:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if call_of(scope).place is None:
+            await self._app(scope, _replay(b"", receive), send)
             return
         headers = dict(scope["headers"])
         try:

@@ -16,7 +16,6 @@ from typing import Protocol
 
 from cluster.accounting import WRITER_TTL_S, Account, Answer, Batch, Charge, Used
 from cluster.errors import RaysmithError
-from cluster.ledger import Ledger
 from serving.gateway.budgets import IDLE_S, Budgets
 
 _logger = logging.getLogger(__name__)
@@ -26,32 +25,22 @@ _LEASES_END_S = WRITER_TTL_S * 0.8
 
 @dataclass(frozen=True)
 class Pace:
-    """How long charges gather, a steward is waited for, and a gateway takes to end."""
+    """How long charges gather, an answer is waited for, and a gateway takes to end."""
 
     gather_s: float = 0.2
     first_retry_s: float = 0.05
     last_retry_s: float = 2.0
     lease_timeout_s: float = 5.0
+    check_timeout_s: float = 5.0  # For a key, where the ledger is on a server.
     close_timeout_s: float = 10.0
 
 
 class Steward(Protocol):
-    """The ledger's writer, here or elsewhere; `cluster.steward.RemoteSteward` is one."""
+    """The ledger's writer; `cluster.steward.RemoteSteward` reaches it."""
 
     async def apply(self, batch: Batch) -> Answer:
         """Write a batch, unless it was written before. Raises RaysmithError: send it again."""
         ...
-
-
-class LocalSteward:
-    """Writes a ledger from this process, for a gateway without a cluster."""
-
-    def __init__(self, given: str | None = None) -> None:
-        self._ledger = Ledger.open(given)
-
-    async def apply(self, batch: Batch) -> Answer:
-        """Write a batch, unless it was written before, and return its answer."""
-        return await asyncio.to_thread(self._ledger.apply, batch)
 
 
 class LedgerWriter:

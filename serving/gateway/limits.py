@@ -72,7 +72,7 @@ class Admission:
         return Place(self, team)
 
     def take(self, team: str, num_choices: int, num_more: int) -> None:
-        """Count `num_more` choices of a request that has `num_choices` in all."""
+        """Count `num_more` choices of a request that then has `num_choices`; none need no room."""
         if num_choices > self.largest:
             raise RefusedError(
                 Refused(
@@ -82,7 +82,7 @@ class Admission:
                     param="n",
                 )
             )
-        if not self._has_room(team, num_more):
+        if num_more > 0 and not self._has_room(team, num_more):
             raise RefusedError(
                 Refused(
                     HTTPStatus.TOO_MANY_REQUESTS,

@@ -1,9 +1,14 @@
 """How many tokens a request may use at most, before anyone has counted its prompt.
 
 Takes a request and its model; gives an upper bound. It does not know budgets. A token is at least
-one byte of UTF-8, and what a chat template adds is bounded by a constant a message.
+one byte of UTF-8, and what a chat template adds is bounded by a constant a message. JSON counts as
+a template writes it, which is not as it was sent: `1e15` becomes 1000000000000000.0.
 """
 
+import json
+
+from cluster.errors import RequestError
+from serving.called_tools import template_calls
 from serving.messages import (
     ChatPrompt,
     EmbeddingRequest,
@@ -11,6 +16,7 @@ from serving.messages import (
     Prompt,
     ServedModel,
     TokenPrompt,
+    Turn,
 )
 
 _TEMPLATE_TOKENS = 128
@@ -43,11 +49,24 @@ def _most_prompt_tokens(prompt: Prompt) -> int:
         return len(prompt.token_ids)
     if not isinstance(prompt, ChatPrompt):
         return _num_bytes(prompt.text) + _MESSAGE_TOKENS
-    total = _TEMPLATE_TOKENS + _num_bytes(prompt.tools)
-    for turn in prompt.turns:
-        total += _MESSAGE_TOKENS + _num_bytes(turn.content) + _num_bytes(turn.tool_calls)
-    return total
+    turns = sum(_MESSAGE_TOKENS + _num_turn_bytes(turn) for turn in prompt.turns)
+    return _TEMPLATE_TOKENS + _num_bytes(prompt.tools) + turns
+
+
+def _num_turn_bytes(turn: Turn) -> int:
+    texts = (turn.content, turn.name, turn.tool_call_id, _written_calls(turn))
+    return sum(map(_num_bytes, texts))
+
+
+def _written_calls(turn: Turn) -> str | None:
+    if turn.tool_calls is None:
+        return None
+    try:
+        return json.dumps(template_calls(turn.tool_calls), ensure_ascii=False)
+    except (RequestError, RecursionError):
+        return turn.tool_calls  # Nested too deeply to be written: the replica refuses it.
 
 
 def _num_bytes(text: str | None) -> int:
-    return len(text.encode()) if text else 0
+    # Arguments of a call may bring half of a surrogate pair; the replica refuses that.
+    return len(text.encode(errors="surrogatepass")) if text else 0

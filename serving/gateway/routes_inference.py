@@ -4,6 +4,7 @@ Takes a backend and accounts; adds routes to an application. It does not know ke
 are made.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Annotated
@@ -14,7 +15,7 @@ from fastapi import FastAPI, Header, Request
 from starlette.responses import Response
 
 from serving.gateway.access import authenticate
-from serving.gateway.accounts import UNAUTHORIZED, Accounts, Principal
+from serving.gateway.accounts import Accounts, Principal
 from serving.gateway.answering import Answering, Question
 from serving.gateway.backend import Backend
 from serving.gateway.call import Call, call_of
@@ -53,6 +54,12 @@ DeadlineMs = Annotated[
 ]
 # A ticket is a secret that only its holder has, and it works once: any page may read its stream.
 _CROSS_ORIGIN = ((b"access-control-allow-origin", b"*"),)
+BAD_TICKET = Refused(
+    HTTPStatus.UNAUTHORIZED,
+    "this address was not given out, was read before or is too old. Ask for another one: POST "
+    "/v1/event-streams.",
+    code="invalid_ticket",
+)
 
 
 @dataclass(frozen=True)
@@ -128,11 +135,16 @@ def add_event_stream_routes(app: FastAPI, service: InferenceService) -> None:
         openapi_extra=request_examples(EVENT_STREAMS),
     )
     async def make_event_stream(
-        body: Annotated[EventStreamRequest, BodyParameter()], request: Request
+        body: Annotated[EventStreamRequest, BodyParameter()],
+        request: Request,
+        deadline_ms: DeadlineMs = None,
     ) -> Response:
-        """Get a one-time address at which a browser's EventSource reads the answer."""
+        """Get a one-time address at which a browser's EventSource reads the answer.
+
+        A deadline counts from when it is read.
+        """
         call = call_of(request.scope)
-        question = _question(service, body.body, call.caller(), None)
+        question = _question(service, body.body, call.caller(), deadline_ms)
         question = replace(question, is_stream=True, headers=_CROSS_ORIGIN)
         ticket = service.tickets.issue(question, call)
         document = {
@@ -154,16 +166,25 @@ def add_event_stream_routes(app: FastAPI, service: InferenceService) -> None:
             str | None, Header(alias="last-event-id", description="Not supported.")
         ] = None,
     ) -> Response:
-        """Read an answer once; a stream that broke cannot be resumed."""
+        """Read an answer once, or again where `Retry-After` says so; a stream is not resumed."""
         if last_event_id is not None:
             message = "streams are not replayed: ask again for a new one, without `Last-Event-ID`."
             raise RefusedError(Refused(HTTPStatus.BAD_REQUEST, message, code="no_replay"))
         held = service.tickets.redeem(ticket)
         if held is None:
-            raise RefusedError(UNAUTHORIZED)
+            raise RefusedError(BAD_TICKET)
+
+        def keep(refused: Refused) -> None:
+            if refused.retry_after_s is not None:
+                service.tickets.put_back(ticket, held)
+
         call = call_of(request.scope)
-        await _admit(service, call, held)
-        return _answer(service, call, held.question)
+        try:
+            await _admit(service, call, held)
+        except RefusedError as error:
+            keep(error.refused)
+            raise
+        return _answer(service, call, held.question, keep)
 
 
 async def _admit(service: InferenceService, call: Call, held: Held) -> None:
@@ -227,8 +248,13 @@ def _rendering(body: CompletionRequest | ChatCompletionRequest) -> Rendering:
     return ChatRendering(CallReading(body.is_call_forced, is_single))
 
 
-def _answer(service: InferenceService, call: Call, question: Question) -> Response:
+def _answer(
+    service: InferenceService,
+    call: Call,
+    question: Question,
+    on_refused: Callable[[Refused], None] = lambda refused: None,
+) -> Response:
     if service.limits.is_logging_prompts:
         text = msgspec.json.encode(question.inference.prompts).decode()
         call.prompt = text[:_MOST_LOGGED_CHARACTERS]
-    return service.answering.response(question, call)
+    return service.answering.response(question, call, on_refused)

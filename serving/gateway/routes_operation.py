@@ -63,16 +63,17 @@ def add_operation_routes(app: FastAPI, backend: Backend, metrics: GatewayMetrics
 
     @app.get("/healthz", responses=answers(None))
     async def is_alive() -> dict[str, str]:
-        """Say that the gateway runs; the one route without a key."""
+        """Say that the gateway runs."""
         return {"status": "ok"}
 
     @app.get("/readyz", response_model=None, responses=answers(None))
-    async def is_ready() -> Response:
-        """Say whether models can be asked now."""
+    async def is_ready(request: Request) -> Response:
+        """Say whether models can be asked now, and which of them this key's team may ask."""
         problem = await backend.problem()
         if problem is not None:
             return RefusalResponse(problem)
-        references = [model.reference for model in backend.models()]
+        caller = call_of(request.scope).caller()
+        references = [model.reference for model in backend.models() if may_ask(caller, model)]
         return JsonResponse({"status": "ready", "models": references})
 
     @app.get("/metrics", response_model=None, responses=answers(None, media="text/plain"))

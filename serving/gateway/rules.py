@@ -28,8 +28,9 @@ class Access(Enum):
 class Rule:
     """What one route asks for. A key needs one of `scopes` or `admin`; no scopes: any valid key.
 
-    `is_work`: a request holds a place. `is_of_team`: the query field `team` must be the caller's
-    own, unless the key is an administrator's.
+    `is_work`: a request holds a place, from before its body is read; no other body is read at all.
+    `is_of_team`: the query field `team` must be the caller's own, unless the key is an
+    administrator's.
     """
 
     access: Access
@@ -53,7 +54,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("POST", "/v1/completions"): _WORK,
     ("POST", "/v1/chat/completions"): _WORK,
     ("POST", "/v1/embeddings"): _WORK,
-    ("POST", "/v1/event-streams"): _INFERENCE,
+    ("POST", "/v1/event-streams"): _WORK,
     ("GET", "/v1/event-streams/{ticket}"): Rule(Access.TICKET),
     ("GET", "/v1/usage"): Rule(Access.KEY, frozenset({Scope.INFERENCE}), is_of_team=True),
 }

@@ -61,6 +61,11 @@ class Tickets:
         self._drop_expired()
         return self._held.pop(ticket, None)
 
+    def put_back(self, ticket: str, held: Held) -> None:
+        """Let a redeemed ticket be used once more until its own end."""
+        held_by_end = sorted({**self._held, ticket: held}.items(), key=lambda item: item[1].until_s)
+        self._held = dict(held_by_end)
+
     def _why_not(self, team: str, num_bytes: int) -> str | None:
         """Return which bound one more ticket would pass, or None."""
         of_all = [held.num_bytes for held in self._held.values()]

@@ -1,15 +1,19 @@
 """`raysmith teams`, `keys` and `usage`, called as a person would."""
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import insert
 
 import raysmith
 from cluster.accounting import Account, Batch, Charge, Used, hour_of, month_of
 from cluster.ledger import Ledger
+from cluster.ledger_schema import teams, writing
+from raysmith_accounts.options import when
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +71,21 @@ def test_key_when_rotated_and_revoked_is_listed_so(capsys):
     assert "revoked" in run(capsys, "keys", "list")
 
 
+def test_key_when_rotated_says_when_the_old_one_ends(capsys):
+    run(capsys, "teams", "add", "me")
+    run(capsys, "keys", "new", "me", "--expires-in-days", "0.01")
+    (key,) = listed(capsys, "keys")
+    assert raysmith.main(["keys", "rotate", key["id"]]) == 0
+    said = capsys.readouterr().err
+    assert f"the old key `{key['id']}` ends {when(key['expires_s'])}" in said
+
+
+def test_key_when_its_label_looks_like_markup_is_listed_as_it_is(capsys):
+    run(capsys, "teams", "add", "me")
+    run(capsys, "keys", "new", "me", "--label", "[/red]")
+    assert "[/red]" in run(capsys, "keys", "list")
+
+
 def test_team_when_set_changes_what_is_named_only(capsys):
     run(capsys, "teams", "add", "me", "--tokens-per-month", "1_000", "--max-choices", "4")
     run(capsys, "teams", "set", "me", "--model", "tiny", "--tokens-per-min", "50")
@@ -93,6 +112,23 @@ def test_team_when_it_may_exist_is_left_as_it_is(capsys):
     (team,) = listed(capsys, "teams")
     assert team["limits"]["max_choices"] == 4
     assert raysmith.main(["teams", "add", "me"]) == 2
+
+
+def test_team_when_another_adds_it_at_this_moment_is_left_as_it_is(
+    request: pytest.FixtureRequest,
+):
+    url = request.getfixturevalue("postgres").new_ledger()
+    command = ["teams", "add", "me", "--exist-ok", "--ledger", url]
+    codes: list[int] = []
+    with Ledger.open(url) as ledger:
+        other = threading.Thread(target=lambda: codes.append(raysmith.main(command)))
+        with writing(ledger.engine) as connection:
+            row = {"name": "me", "is_suspended": False, "created_s": 0}
+            connection.execute(insert(teams).values(row))
+            other.start()
+            other.join(0.5)  # Held up until this is committed.
+        other.join()
+    assert codes == [0]
 
 
 def test_usage_when_something_was_used_adds_it_up(capsys):
@@ -127,13 +163,20 @@ def test_ledger_when_given_is_used_instead(capsys, tmp_path: Path):
         (["teams", "add", "me", "--max-choices", "few"], "--max-choices few: expected"),
         (["teams", "add", "me", "--max-choices", "0"], "max_choices"),
         (["teams", "add", "me", "--tokens-per-month", "-1"], "tokens_per_month"),
+        (["teams", "add", "me", "--tokens-per-month", str(2**63)], "tokens_per_month"),
+        (["teams", "add", "me", "--max-choices", str(2**63)], f"or equal to {2**63 - 1}"),
+        (["keys", "new", "you", "--tokens-per-min", str(2**63)], f"or equal to {2**63 - 1}"),
         (["teams", "set", "you"], "no team `you`"),
         (["keys", "new", "you"], "raysmith teams add you"),
         (["keys", "new", "you", "--scope", "root"], "root"),
         (["keys", "new", "you", "--expires-in-days", "0"], "--expires-in-days 0"),
         (["keys", "revoke", "key-0"], "no key `key-0`"),
+        (["keys", "rotate", "key-0", "--overlap-hours", "inf"], "--overlap-hours inf: expected"),
+        (["keys", "rotate", "key-0", "--overlap-hours", "nan"], "--overlap-hours nan: expected"),
+        (["keys", "rotate", "key-0", "--overlap-hours", "-1"], "--overlap-hours -1: expected"),
         (["usage", "--by", "colour"], "colour"),
         (["usage", "--month", "June"], "`June` is not a month"),
+        (["usage", "--month", "9999-12"], "`9999-12` is not a month"),
         (["usage", "--team", "you"], "no team `you`"),
         (["teams", "list", "--ledger", "mysql://h/x"], "postgresql://HOST/NAME"),
     ],

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from ledger_fakes import (
 )
 
 from cluster.accounting import Limits, Scope
+from cluster.ledger import Ledger, Snapshot
 from serving.gateway.accounts import Principal, Spent
-from serving.gateway.accounts_client import LedgerAccounts
+from serving.gateway.accounts_client import LedgerAccounts, SharedCheck
 from serving.gateway.ledger_writer import Pace
 
 
@@ -113,6 +115,40 @@ def test_key_when_the_server_was_restarted_is_checked_again(
     service.ledger.close()
 
 
+class HangingReader:
+    """A server that answers when it is told to."""
+
+    is_local = False
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.answers = threading.Event()
+        self.num_asked = 0
+        self._ledger = ledger
+
+    def current(self) -> Snapshot:
+        self.num_asked += 1
+        self.answers.wait()
+        return self._ledger.snapshot()
+
+
+def test_key_when_the_server_does_not_answer_is_503_and_checked_once_it_does(service: Service):
+    reader = HangingReader(service.ledger)
+
+    async def test(accounts: LedgerAccounts) -> None:
+        accounts._checks = SharedCheck(reader, timeout_s=0.2)
+        try:
+            calls = [refusal(accounts.authenticate(service.secret)) for _ in range(5)]
+            refused = await asyncio.gather(*calls)
+            assert {(one.status, one.retry_after_s) for one in refused} == {(503, 1)}
+            assert (await refusal(accounts.authenticate(service.secret))).status == 503
+            assert reader.num_asked == 1
+        finally:
+            reader.answers.set()
+        await accounts.authenticate(service.secret)
+
+    service.run(test)
+
+
 # --- limits ------------------------------------------------------------------------------------
 
 
@@ -121,13 +157,13 @@ def test_reserve_when_a_limit_is_raised_holds_at_once(service: Service):
 
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(service.secret)
-        (await accounts.reserve(principal, "1", 10, 1)).settle(None)
-        refused = await refusal(accounts.reserve(principal, "2", 10, 1))
+        (await accounts.reserve(principal, 10, 1)).settle(None)
+        refused = await refusal(accounts.reserve(principal, 10, 1))
         assert (refused.status, refused.retry_after_s) == (429, 61)
         assert "team `a` may use 1 requests a minute" in refused.message
         service.ledger.change_team("a", lambda t: t.replace(limits=Limits(requests_per_min=2)))
         principal = await accounts.authenticate(service.secret)
-        await accounts.reserve(principal, "3", 10, 1)
+        await accounts.reserve(principal, 10, 1)
 
     service.run(test)
 
@@ -137,11 +173,11 @@ def test_reserve_when_the_key_has_limits_names_the_key(service: Service):
 
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(secret)
-        held = await accounts.reserve(principal, "1", 10, 2)
-        assert limited.id in (await refusal(accounts.reserve(principal, "2", 10, 1))).message
-        await accounts.reserve(await accounts.authenticate(service.secret), "3", 10, 1)
+        held = await accounts.reserve(principal, 10, 2)
+        assert limited.id in (await refusal(accounts.reserve(principal, 10, 1))).message
+        await accounts.reserve(await accounts.authenticate(service.secret), 10, 1)
         held.settle(None)
-        await accounts.reserve(principal, "4", 10, 2)
+        await accounts.reserve(principal, 10, 2)
 
     service.run(test)
 
@@ -151,7 +187,7 @@ def test_reserve_when_the_key_was_revoked_meanwhile_is_401(service: Service):
         principal = await accounts.authenticate(service.secret)
         service.ledger.revoke_key(service.key.id)
         await refusal(accounts.authenticate(service.secret))
-        assert (await refusal(accounts.reserve(principal, "1", 1, 1))).status == 401
+        assert (await refusal(accounts.reserve(principal, 1, 1))).status == 401
 
     service.run(test)
 
@@ -162,7 +198,7 @@ def test_reserve_when_the_key_was_revoked_meanwhile_is_401(service: Service):
 def test_settle_when_called_twice_charges_once(service: Service):
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(service.secret)
-        held = await accounts.reserve(principal, "1", 100, 1)
+        held = await accounts.reserve(principal, 100, 1)
         held.settle(Spent("tiny", "3", 30, 10, 16))
         held.settle(Spent("tiny", "3", 30, 10, 16))
         held.settle(None)
@@ -190,8 +226,8 @@ def test_settle_when_called_twice_charges_once(service: Service):
 def test_charges_when_many_gather_go_in_one_batch(service: Service):
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(service.secret)
-        for number in range(500):
-            (await accounts.reserve(principal, str(number), 10, 1)).settle(spent(7))
+        for _ in range(500):
+            (await accounts.reserve(principal, 10, 1)).settle(spent(7))
 
     service.run(test)
     assert service.num_requests == 500
@@ -205,8 +241,8 @@ def test_team_without_a_budget_when_the_steward_is_away_is_served(
 
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(service.secret)
-        for number in range(3):
-            (await accounts.reserve(principal, str(number), 10, 1)).settle(spent(7))
+        for _ in range(3):
+            (await accounts.reserve(principal, 10, 1)).settle(spent(7))
 
     with caplog.at_level(logging.ERROR):
         service.run(test, QUICK)
@@ -220,8 +256,8 @@ def test_charges_when_calls_are_lost_are_written_exactly_once(tmp_path: Path, bu
 
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(service.secret)
-        for number in range(60):
-            (await accounts.reserve(principal, str(number), 100, 1)).settle(spent(50))
+        for _ in range(60):
+            (await accounts.reserve(principal, 100, 1)).settle(spent(50))
             await asyncio.sleep(0.001)
 
     service.run(test, Pace(gather_s=0.001, first_retry_s=0.001))

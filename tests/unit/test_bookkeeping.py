@@ -133,6 +133,11 @@ def test_lease_when_the_budget_was_raised_gets_more(ledger: Ledger):
     assert ledger.apply(Batch("w", 2, leases=(lease(800),))).granted == (500,)
 
 
+def test_lease_when_its_team_is_unknown_gets_nothing(ledger: Ledger):
+    unknown = Lease("nobody", MONTH, 0, 10, 320)
+    assert ledger.apply(Batch("w", 1, leases=(unknown, lease(10)))).granted == (0, 10)
+
+
 @pytest.mark.parametrize(
     ("remaining", "needed", "wanted", "expected"),
     [

@@ -17,7 +17,7 @@ from ledger_fakes import (
 
 from cluster.accounting import WRITER_TTL_S, Limits, Return, Team, month_of
 from serving.gateway.accounts_client import LedgerAccounts
-from serving.gateway.budgets import REQUESTS_PER_LEASE, Budgets
+from serving.gateway.budgets import REQUESTS_PER_LEASE, Budgets, Held
 from serving.gateway.errors import RefusedError
 from serving.gateway.ledger_writer import Pace
 
@@ -38,7 +38,7 @@ def test_budget_when_200_calls_are_parallel_is_never_overspent(any_ledger: str, 
     async def call(accounts: LedgerAccounts, number: int) -> None:
         principal = await accounts.authenticate(service.secret)
         try:
-            held = await accounts.reserve(principal, str(number), 100, 1)
+            held = await accounts.reserve(principal, 100, 1)
         except RefusedError as error:
             refused.append(error.refused)
             return
@@ -72,7 +72,7 @@ def test_budget_when_requests_use_less_serves_more_of_them(budgeted: Service):
         principal = await accounts.authenticate(budgeted.secret)
         while True:
             try:
-                held = await accounts.reserve(principal, "x", 100, 1)
+                held = await accounts.reserve(principal, 100, 1)
             except RefusedError:
                 return
             held.settle(spent(10))
@@ -88,8 +88,8 @@ def test_budget_when_leased_ahead_needs_few_batches(tmp_path: Path):
 
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(service.secret)
-        for number in range(640):
-            (await accounts.reserve(principal, str(number), 100, 1)).settle(spent(100))
+        for _ in range(640):
+            (await accounts.reserve(principal, 100, 1)).settle(spent(100))
 
     service.run(test)
     assert len(service.steward.batches) < 640 / REQUESTS_PER_LEASE * 3
@@ -100,8 +100,8 @@ def test_budget_when_leased_ahead_needs_few_batches(tmp_path: Path):
 def test_budget_when_more_was_used_than_held_is_charged_in_full(budgeted: Service):
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(budgeted.secret)
-        (await accounts.reserve(principal, "1", 100, 1)).settle(spent(9_990))
-        assert (await refusal(accounts.reserve(principal, "2", 100, 1))).status == 429
+        (await accounts.reserve(principal, 100, 1)).settle(spent(9_990))
+        assert (await refusal(accounts.reserve(principal, 100, 1))).status == 429
 
     budgeted.run(test)
     assert budgeted.balance == (9_990, 0)
@@ -110,11 +110,11 @@ def test_budget_when_more_was_used_than_held_is_charged_in_full(budgeted: Servic
 def test_budget_when_raised_serves_again_at_once(budgeted: Service):
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(budgeted.secret)
-        await refusal(accounts.reserve(principal, "1", 10_001, 1))
+        await refusal(accounts.reserve(principal, 10_001, 1))
         change = {"tokens_per_month": 20_000}
         budgeted.ledger.change_team("a", lambda team: team.replace(**change))
         principal = await accounts.authenticate(budgeted.secret)
-        (await accounts.reserve(principal, "2", 10_001, 1)).settle(None)
+        (await accounts.reserve(principal, 10_001, 1)).settle(None)
 
     budgeted.run(test)
 
@@ -126,9 +126,9 @@ def test_budget_when_refused_gives_the_limits_back(tmp_path: Path):
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(service.secret)
         for _ in range(3):
-            refused = await refusal(accounts.reserve(principal, "1", 101, 1))
+            refused = await refusal(accounts.reserve(principal, 101, 1))
             assert refused.code == "insufficient_quota"
-        await accounts.reserve(principal, "2", 100, 1)
+        await accounts.reserve(principal, 100, 1)
 
     service.run(test)
     service.ledger.close()
@@ -141,7 +141,7 @@ def test_budget_when_the_steward_does_not_answer_is_503(
 
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(budgeted.secret)
-        refused = await refusal(accounts.reserve(principal, "1", 10, 1))
+        refused = await refusal(accounts.reserve(principal, 10, 1))
         assert (refused.status, refused.retry_after_s) == (503, 1)
 
     budgeted.run(test, QUICK)
@@ -151,7 +151,7 @@ def test_budget_when_a_waiting_call_is_cancelled_holds_nothing(budgeted: Service
     async def test(accounts: LedgerAccounts) -> None:
         budgeted.steward.held = asyncio.Event()
         principal = await accounts.authenticate(budgeted.secret)
-        calls = [asyncio.create_task(accounts.reserve(principal, str(n), 100, 1)) for n in range(9)]
+        calls = [asyncio.create_task(accounts.reserve(principal, 100, 1)) for _ in range(9)]
         await asyncio.sleep(0.01)
         for call in calls[:8]:
             call.cancel()
@@ -218,6 +218,89 @@ def test_take_when_the_time_ends_as_it_is_granted_is_503_and_gives_the_tokens_ba
     asyncio.run(test())
 
 
+MONTH = "2026-11"
+
+
+async def take(budgets: Budgets, num_tokens: int) -> "asyncio.Task[Held]":
+    """Begin to take tokens."""
+    call = asyncio.create_task(budgets.take(TEAM, MONTH, num_tokens))
+    await asyncio.sleep(0)
+    return call
+
+
+async def with_tokens(budgets: Budgets, *, held: int, free: int) -> Held:
+    """Have tokens leased, of which a request holds some."""
+    call = await take(budgets, held)
+    budgets.granted(budgets.leases(), [held + free])
+    return await call
+
+
+def test_take_when_tokens_come_back_is_not_overtaken_by_a_smaller_request():
+    async def test() -> None:
+        asked: list[None] = []
+        budgets = Budgets(lambda: asked.append(None))
+        held = await with_tokens(budgets, held=100, free=60)
+        large = await take(budgets, 200)
+        leases = budgets.leases()
+        small = await take(budgets, 50)
+        held.settle(99)  # With the one that comes back there are 61.
+        await asyncio.sleep(0)
+        assert not small.done()
+        asked.clear()
+        assert leases[0].needed == 140
+        budgets.granted(leases, [140])
+        assert (await large).num_tokens == 200
+        assert asked
+        budgets.granted(budgets.leases(), [49])
+        assert (await small).num_tokens == 50
+
+    asyncio.run(test())
+
+
+def test_take_when_what_was_asked_for_it_was_spent_meanwhile_is_asked_for_again():
+    async def test() -> None:
+        asked: list[None] = []
+        budgets = Budgets(lambda: asked.append(None))
+        held = await with_tokens(budgets, held=100, free=60)
+        call = await take(budgets, 200)
+        leases = budgets.leases()
+        held.settle(150)  # More than it held: 50 of the 60.
+        asked.clear()
+        budgets.granted(leases, [140])
+        assert asked
+        (lease,) = budgets.leases()
+        assert lease.needed == 50
+        budgets.granted([lease], [50])
+        assert (await call).num_tokens == 200
+
+    asyncio.run(test())
+
+
+def test_take_when_the_ledger_has_too_little_for_one_serves_the_next():
+    async def test() -> None:
+        budgets = Budgets(lambda: None)
+        large, small, larger = [await take(budgets, tokens) for tokens in (5000, 100, 1000)]
+        budgets.granted(budgets.leases(), [1000])
+        assert (await refusal(large)).code == "insufficient_quota"
+        assert (await small).num_tokens == 100
+        assert (await refusal(larger)).code == "insufficient_quota"
+
+    asyncio.run(test())
+
+
+def test_take_when_the_one_before_it_gives_up_goes_on_with_what_there_is():
+    async def test() -> None:
+        budgets = Budgets(lambda: None)
+        await with_tokens(budgets, held=100, free=60)
+        large = await take(budgets, 200)
+        small = await take(budgets, 50)
+        assert not small.done()
+        large.cancel()
+        assert (await small).num_tokens == 50
+
+    asyncio.run(test())
+
+
 def test_budget_when_the_ledger_was_silent_for_long_is_leased_anew(
     budgeted: Service,
 ):
@@ -225,10 +308,10 @@ def test_budget_when_the_ledger_was_silent_for_long_is_leased_anew(
 
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(budgeted.secret)
-        held = await accounts.reserve(principal, "1", 100, 1)
+        held = await accounts.reserve(principal, 100, 1)
         working, dead = budgeted.steward.apply, DeadSteward().apply
         budgeted.steward.apply = dead
-        (await accounts.reserve(principal, "2", 100, 1)).settle(spent(10))
+        (await accounts.reserve(principal, 100, 1)).settle(spent(10))
         budgeted.monotonic.now_s += WRITER_TTL_S
         await asyncio.sleep(0.02)
         budgeted.steward.apply = working
@@ -241,9 +324,9 @@ def test_budget_when_the_ledger_was_silent_for_long_is_leased_anew(
 def test_month_when_it_ends_starts_a_new_budget(budgeted: Service):
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(budgeted.secret)
-        old = await accounts.reserve(principal, "1", 10_000, 1)
+        old = await accounts.reserve(principal, 10_000, 1)
         budgeted.clock.now_s += 31 * 24 * 3600
-        new = await accounts.reserve(principal, "2", 10_000, 1)
+        new = await accounts.reserve(principal, 10_000, 1)
         old.settle(spent(4_000))
         new.settle(spent(5_000))
 
@@ -256,7 +339,7 @@ def test_month_when_it_ends_starts_a_new_budget(budgeted: Service):
 def test_settle_when_nothing_was_used_charges_nothing(budgeted: Service):
     async def test(accounts: LedgerAccounts) -> None:
         principal = await accounts.authenticate(budgeted.secret)
-        (await accounts.reserve(principal, "1", 100, 1)).settle(None)
+        (await accounts.reserve(principal, 100, 1)).settle(None)
 
     budgeted.run(test)
     assert budgeted.balance == (0, 0)

@@ -8,8 +8,13 @@ from types import ModuleType
 import pytest
 
 from cluster.config import load_config
+from cluster.session_state import Session
 from jobs import config as job_configs
 from serving.continuation import unavailable
+from serving.gateway.accounts import UNAUTHORIZED
+from serving.gateway.budgets import QUOTA_CODE
+from serving.gateway.rate_limits import RATE_LIMIT_CODE
+from serving.gateway.routes_inference import BAD_TICKET
 from serving.gateway.schemas_base import IGNORED
 from serving.messages import GENERATION_FAILED
 
@@ -73,3 +78,26 @@ def test_http_page_when_an_answer_fails_says_which_codes_come_with_which_status(
     refused = unavailable("no replica")
     assert refused.code is None
     assert f"| {refused.status} | | no replica lives now, or one after another was lost" in page
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (400, RATE_LIMIT_CODE),
+        (401, UNAUTHORIZED.code),
+        (401, BAD_TICKET.code),
+        (429, RATE_LIMIT_CODE),
+        (429, QUOTA_CODE),
+    ],
+)
+def test_http_page_names_what_accounts_refuse(status: int, code: str):
+    page = (ROOT / "docs/http-api.md").read_text(encoding="utf-8")
+    assert re.search(rf"^\| {status} \| [^|]*`{code}`", page, re.MULTILINE)
+
+
+def test_readme_unsets_everything_that_points_a_shell_at_the_cluster():
+    fields = dict.fromkeys(Session.model_fields, "x") | {"pid": 1, "started_at_s": 0.0}
+    names = set(Session(**fields).environment()) - {"NO_PROXY", "no_proxy"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"`unset ([^`]*)`", readme)
+    assert set(command.split()) == names

@@ -1,6 +1,10 @@
 """One-time addresses for a browser's EventSource."""
 
+import asyncio
+from http import HTTPStatus
+
 import pytest
+from asgi_driver import Connection, drive
 from gateway_fakes import KEY, MODEL, Gateway, stream_documents
 
 from serving.gateway.accounts import Principal, Scope
@@ -10,7 +14,7 @@ from serving.gateway.errors import RefusedError
 from serving.gateway.limits import GatewayLimits
 from serving.gateway.rendering_completion import CompletionRendering
 from serving.gateway.tickets import Tickets
-from serving.messages import InferenceRequest, Sampling, TextPrompt
+from serving.messages import InferenceRequest, Refused, Sampling, Started, TextPrompt
 
 CHAT = {
     "endpoint": "/v1/chat/completions",
@@ -41,7 +45,9 @@ def test_event_stream_when_read_without_a_key_gives_the_answer_once():
     assert contents == ["", "Hel", "lo"]
     assert gateway.accounts.only().settled[0].generated_tokens == 2
     assert gateway.backend.asked[0].team == "alice"
-    assert read(gateway, url).status_code == 401
+    again = read(gateway, url)
+    assert (again.status_code, again.json()["error"]["code"]) == (401, "invalid_ticket")
+    assert "POST /v1/event-streams" in again.json()["error"]["message"]
 
 
 def test_event_stream_when_it_is_a_completion_has_its_shape():
@@ -58,6 +64,42 @@ def test_event_stream_when_resumed_is_refused_and_the_ticket_stays():
     assert refused.status_code == 400
     assert "not replayed" in refused.json()["error"]["message"]
     assert read(gateway, url).status_code == 200
+
+
+BUSY = Refused(HTTPStatus.TOO_MANY_REQUESTS, "later", "rate_limit_exceeded", retry_after_s=1)
+SPENT = Refused(HTTPStatus.TOO_MANY_REQUESTS, "no more", "insufficient_quota")
+
+
+@pytest.mark.parametrize(("refusal", "status"), [(BUSY, 200), (SPENT, 401)])
+def test_event_stream_when_refused_can_be_read_again_only_where_that_may_help(refusal, status):
+    gateway = Gateway()
+    url = url_of(gateway)
+    gateway.accounts.refusal = refusal
+    assert read(gateway, url).status_code == 429
+    gateway.accounts.refusal = None
+    assert read(gateway, url).status_code == status
+    assert read(gateway, url).status_code == 401
+
+
+def test_event_stream_when_the_server_is_full_can_be_read_later():
+    gateway = Gateway(max_accepted_choices=1)
+    url = url_of(gateway)
+
+    async def scenario() -> list[int]:
+        gateway.backend.release = asyncio.Event()
+        gateway.backend.batches = [[Started(1)]]
+        body = b'{"model": "tiny", "prompt": "x"}'
+        first = asyncio.create_task(drive(gateway.app, Connection(body)))
+        await gateway.backend.was_asked.wait()
+        refused = await drive(gateway.app, Connection(), method="GET", path=url, headers=[])
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        gateway.backend.batches = []
+        gateway.backend.release.set()
+        answered = await drive(gateway.app, Connection(), method="GET", path=url, headers=[])
+        return [refused.status, answered.status]
+
+    assert asyncio.run(scenario()) == [429, 200]
 
 
 def test_event_stream_when_the_key_was_revoked_meanwhile_is_401():
@@ -93,6 +135,16 @@ def test_event_stream_when_its_request_is_wrong_is_400_at_once(body: object, par
         assert response.json()["error"]["param"] == param
 
 
+def test_event_stream_when_a_deadline_was_asked_for_keeps_to_it():
+    gateway = Gateway()
+    headers = {"x-deadline-ms": "50"}
+    made = gateway.call("POST", "/v1/event-streams", json=CHAT, headers=headers)
+    gateway.backend.batches = [[Started(1)]]
+    gateway.backend.release = asyncio.Event()
+    last = stream_documents(read(gateway, made.json()["url"]))[-1]
+    assert last["error"]["code"] == "deadline_exceeded"
+
+
 def test_ticket_when_it_is_old_is_unknown():
     now = 0.0
     tickets = Tickets(GatewayLimits(ticket_lifetime_s=30), lambda: now)
@@ -103,6 +155,20 @@ def test_ticket_when_it_is_old_is_unknown():
     assert tickets.redeem(first) is None
     assert tickets.redeem(second) is not None
     assert tickets.redeem(second) is None
+
+
+def test_ticket_when_put_back_ends_when_it_was_to():
+    now = 0.0
+    tickets = Tickets(GatewayLimits(ticket_lifetime_s=30), lambda: now)
+    first = tickets.issue(QUESTION, Call())
+    now = 10.0
+    second = tickets.issue(QUESTION, Call())
+    held = tickets.redeem(first)
+    assert held is not None
+    tickets.put_back(first, held)
+    now = 31.0
+    assert tickets.redeem(first) is None
+    assert tickets.redeem(second) is not None
 
 
 def test_ticket_when_a_team_has_its_share_is_refused_and_others_are_not():

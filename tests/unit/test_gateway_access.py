@@ -19,6 +19,7 @@ from serving.gateway.limits import GatewayLimits
 from serving.gateway.rules import RULES, Access, check_rules, find_rule
 
 GATEWAY = Gateway()
+CODES = {Access.KEY: "invalid_api_key", Access.TICKET: "invalid_ticket"}
 
 
 def operations() -> list[tuple[str, str, Access]]:
@@ -59,7 +60,7 @@ def test_every_route_when_the_key_is_wrong_is_401_and_only_healthz_is_open(
         return
     assert answer.status == 401
     assert answer.headers[b"www-authenticate"] == b"Bearer"
-    assert json.loads(answer.body)["error"]["code"] == "invalid_api_key"
+    assert json.loads(answer.body)["error"]["code"] == CODES[access]
     assert "Monday" not in answer.body.decode()
 
 
@@ -122,7 +123,7 @@ def test_every_route_when_the_key_in_the_ledger_does_not_count_any_more_is_401(
         after = await drive(app, Connection(b"{"), **asked)
         assert after.status == (200 if access is Access.PUBLIC else 401)
         if access is not Access.PUBLIC:
-            assert json.loads(after.body)["error"]["code"] == "invalid_api_key"
+            assert json.loads(after.body)["error"]["code"] == CODES[access]
             assert reason not in after.body.decode()
 
     service.run(test)

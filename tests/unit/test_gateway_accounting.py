@@ -1,6 +1,7 @@
 """What requests reserve and what they are charged."""
 
 import base64
+import json
 import struct
 from http import HTTPStatus
 
@@ -77,11 +78,35 @@ def test_most_tokens_when_there_are_choices_counts_each_answer_and_each_prompt_o
 
 
 def test_most_tokens_when_it_is_a_chat_counts_every_text_of_it():
-    turns = (Turn("user", "abc"), Turn("assistant", None, tool_calls="[12]"))
+    turns = (Turn("user", "abc"), Turn("tool", "4", name="read", tool_call_id="c12345"))
     request = InferenceRequest((ChatPrompt(turns, "tools"),), Sampling(max_tokens=1))
-    assert most_generation_tokens(MODEL, request, 50) == 128 + 5 + 16 + 3 + 16 + 4 + 1
+    assert most_generation_tokens(MODEL, request, 50) == 128 + 5 + 16 + 3 + 16 + 1 + 4 + 6 + 1
     embedding = EmbeddingRequest((TextPrompt("abc"), TokenPrompt((1, 2))))
     assert most_embedding_tokens(ENCODER, embedding) == 19 + 2
+
+
+def calls(arguments: object) -> str:
+    function = {"name": "f", "arguments": arguments}
+    return json.dumps([{"id": "c1", "type": "function", "function": function}], ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    "sent", ['{"a":[1e15,1e15,[1,2]]}', "[1e400]", '{ "\\u00e9" :  1}', "{oops"]
+)
+def test_most_tokens_when_a_call_is_sent_back_counts_it_as_templates_write_it(sent: str):
+    written = sent if sent == "{oops" else json.loads(sent)
+    assert most_with_call(sent) == 128 + 16 + len(calls(written).encode()) + 1
+
+
+@pytest.mark.parametrize("sent", ["[" * 100_000, r'"\ud800"'])
+def test_most_tokens_when_a_call_cannot_be_written_leaves_the_refusal_to_the_replica(sent: str):
+    assert most_with_call(sent) > 128 + 16
+
+
+def most_with_call(arguments: str) -> int:
+    turns = (Turn("assistant", None, tool_calls=calls(arguments)),)
+    request = InferenceRequest((ChatPrompt(turns),), Sampling(max_tokens=1))
+    return most_generation_tokens(MODEL, request, 50)
 
 
 def test_embeddings_when_asked_in_either_form_are_the_same_numbers():

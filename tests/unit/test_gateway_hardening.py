@@ -108,6 +108,32 @@ def test_post_when_body_is_slow_is_408_and_gives_its_place_back():
     assert next_one.status == 200
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/nothing", 404),
+        ("PUT", "/v1/completions", 405),
+        ("PATCH", "/v1/models", 405),
+        ("GET", "/v1/models", 200),
+    ],
+)
+def test_call_when_its_route_takes_no_body_is_answered_without_reading_one(method, path, status):
+    connection = Connection(b"{", b"x" * 60, is_ended=False)
+
+    async def run():
+        return await drive(Gateway().app, connection, method=method, path=path)
+
+    assert asyncio.run(run()).status == status
+    assert len(connection._messages) == 2
+
+
+def test_event_stream_when_its_address_is_made_gives_its_place_back():
+    gateway = Gateway(max_accepted_choices=1)
+    body = {"endpoint": "/v1/completions", "body": json.loads(BODY)}
+    for _ in range(2):
+        assert gateway.call("POST", "/v1/event-streams", json=body).status_code == 201
+
+
 def test_post_when_client_leaves_before_its_body_ends_is_not_answered():
     connection = Connection(b"{", is_ended=False)
 

@@ -1,10 +1,11 @@
 from http import HTTPStatus
 
 import pytest
-from gateway_fakes import MODEL, FakeBackend, Gateway, hello, stream_documents
+from gateway_fakes import KEY, MODEL, FakeBackend, Gateway, hello, stream_documents
 
 from cluster.errors import StorageError
 from serving.engines._protocol import FinishReason
+from serving.gateway.accounts import Principal, Scope
 from serving.messages import Delta, Refused, Started
 
 
@@ -129,6 +130,13 @@ def test_completion_when_backend_has_a_bug_hides_the_reason(tmp_path):
     assert 'raysmith_requests_total{route="/v1/completions",status="500"} 1.0' in (
         gateway.call("GET", "/metrics").text
     )
+
+
+def test_readyz_when_a_team_may_ask_some_models_names_no_others(gateway):
+    assert gateway.call("GET", "/readyz").json()["models"] == ["tiny@3", "mini@1"]
+    mine = frozenset({"mini"})
+    gateway.accounts.keys[KEY] = Principal("k1", "alice", frozenset({Scope.METRICS}), mine)
+    assert gateway.call("GET", "/readyz").json() == {"status": "ready", "models": ["mini@1"]}
 
 
 def test_readyz_when_a_replica_is_not_ready_is_503(gateway):

@@ -42,7 +42,8 @@ def test_completion_when_server_is_full_is_429_at_once_and_later_answered():
     assert all(events.is_closed for events in gateway.backend.started)
 
 
-def test_completion_when_server_is_full_is_refused_before_its_body_is_read():
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/event-streams"])
+def test_completion_when_server_is_full_is_refused_before_its_body_is_read(path: str):
     gateway = Gateway(max_accepted_choices=1)
 
     async def scenario():
@@ -50,7 +51,7 @@ def test_completion_when_server_is_full_is_refused_before_its_body_is_read():
         gateway.backend.batches = [[Started(1)]]
         first = asyncio.create_task(drive(gateway.app, Connection(body_of())))
         await gateway.backend.was_asked.wait()
-        refused = await drive(gateway.app, Connection(b"{", is_ended=False))
+        refused = await drive(gateway.app, Connection(b"{", is_ended=False), path=path)
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         return refused
@@ -79,6 +80,16 @@ def test_admission_when_one_team_takes_all_it_can_leaves_a_quarter_to_others():
         place.leave()
         place.leave()
     assert admission.num_accepted == 12
+
+
+def test_place_when_others_contend_keeps_what_it_holds():
+    admission = Admission(4)
+    places = [admission.enter("greedy") for _ in range(3)]
+    admission.enter("small")
+    with pytest.raises(RefusedError):
+        admission.enter("greedy")
+    places[0].grow(1)
+    assert admission.num_accepted == 4
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -95,6 +95,37 @@ def test_server_when_a_head_is_endless_refuses_it():
     assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
 
 
+UNREAD = b"GET /hello HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n"
+
+
+@pytest.mark.parametrize("piece", [b"x", b"x" * MAX_HEAD_BYTES])
+def test_server_when_a_body_that_nobody_reads_does_not_end_closes_the_connection(piece: bytes):
+    endless = UNREAD.replace(b"100", b"1000000000")
+    pieces = [endless, *[piece] * 30]
+    answer = run(lambda server: talk(server.port, *pieces, pause_s=0.01), head_timeout_s=0.1)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_server_when_a_body_that_nobody_reads_ends_answers_what_comes_next():
+    last = REQUEST.replace(b"host: x", b"host: x\r\nconnection: close")
+    pieces = [UNREAD, b"x" * 40, b"x" * 60 + REQUEST, last]
+    answer = run(lambda server: talk(server.port, *pieces, pause_s=0.02))
+    assert answer.count(b"HTTP/1.1 200") == 3
+
+
+def test_server_when_nothing_follows_a_body_that_nobody_reads_closes_the_connection():
+    pieces = [UNREAD, b"x" * 100]
+    answer = run(lambda server: talk(server.port, *pieces, pause_s=0.02), head_timeout_s=0.1)
+    assert answer.count(b"HTTP/1.1 200") == 1
+
+
+def test_server_when_only_empty_lines_follow_a_request_closes_the_connection():
+    pieces = [REQUEST, *[b"\r\n"] * 30]
+    answer = run(lambda server: talk(server.port, *pieces, pause_s=0.01), head_timeout_s=0.1)
+    assert answer.count(b"HTTP/1.1 200") == 1
+
+
 def test_server_when_an_answer_takes_longer_than_a_head_may_lets_it_end():
     request = b"GET /slow HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
     answer = run(lambda server: talk(server.port, request), head_timeout_s=0.05)

@@ -8,13 +8,22 @@ from pathlib import Path
 
 import pytest
 from ledger_fakes import Clock
-from sqlalchemy import update
+from sqlalchemy import event, select, text, update
 
-from cluster.accounting import Key, Limits, Scope, Team
+from cluster.accounting import Answer, Batch, Key, Limits, Scope, Team
 from cluster.errors import AccountError, ConfigError, LedgerError
 from cluster.ledger import Ledger
 from cluster.ledger_reader import LedgerReader
-from cluster.ledger_schema import keys, ledger_url, public_url, writing
+from cluster.ledger_schema import (
+    _postgres_engine,
+    keys,
+    ledger_url,
+    public_url,
+    reading,
+    state,
+    teams,
+    writing,
+)
 
 NOW_S = 1_795_000_000  # 2026-11-18
 
@@ -119,9 +128,10 @@ def test_key_when_rotated_gives_another_and_ends_after_the_overlap(ledger: Ledge
     ledger.add_team(Team(name="a"))
     limits = Limits(max_choices=2)
     old, old_secret = ledger.new_key(key_of("a", limits=limits, expires_s=NOW_S + 1000))
-    new, new_secret = ledger.rotate_key(old.id, overlap_s=60)
+    ended, new, new_secret = ledger.rotate_key(old.id, overlap_s=60)
     found = ledger.snapshot().keys
-    assert found[old.id].expires_s == NOW_S + 60
+    assert found[old.id] == ended
+    assert ended.expires_s == NOW_S + 60
     assert (found[new.id].expires_s, found[new.id].limits) == (NOW_S + 1000, limits)
     assert old_secret != new_secret
 
@@ -129,8 +139,9 @@ def test_key_when_rotated_gives_another_and_ends_after_the_overlap(ledger: Ledge
 def test_key_when_rotated_never_lives_longer_than_it_was_to(ledger: Ledger):
     ledger.add_team(Team(name="a"))
     old, _ = ledger.new_key(key_of("a", expires_s=NOW_S + 10))
-    ledger.rotate_key(old.id, overlap_s=60)
-    assert ledger.snapshot().keys[old.id].expires_s == NOW_S + 10
+    ended, _, _ = ledger.rotate_key(old.id, overlap_s=60)
+    assert ended == ledger.snapshot().keys[old.id]
+    assert ended.expires_s == NOW_S + 10
 
 
 def test_key_when_revoked_cannot_be_rotated(ledger: Ledger):
@@ -167,9 +178,9 @@ def test_key_when_revoked_while_it_is_rotated_has_no_successor(any_ledger: str, 
 def test_key_when_rotated_twice_gives_keys_that_never_end_either(ledger: Ledger, clock: Clock):
     ledger.add_team(Team(name="a"))
     old, _ = ledger.new_key(key_of("a"))
-    first, _ = ledger.rotate_key(old.id, overlap_s=60)
+    _, first, _ = ledger.rotate_key(old.id, overlap_s=60)
     clock.now_s += 10
-    second, _ = ledger.rotate_key(old.id, overlap_s=60)
+    _, second, _ = ledger.rotate_key(old.id, overlap_s=60)
     found = ledger.snapshot().keys
     assert [found[key.id].expires_s for key in (old, first, second)] == [NOW_S + 60, None, None]
 
@@ -181,8 +192,8 @@ def test_key_when_rotated_twice_gives_keys_that_live_as_long_as_it_was_to(
     old, _ = ledger.new_key(key_of("a", expires_s=NOW_S + 1000))
     ledger.rotate_key(old.id, overlap_s=60)
     clock.now_s += 10
-    second, _ = ledger.rotate_key(old.id, overlap_s=60)
-    third, _ = ledger.rotate_key(second.id, overlap_s=60)
+    _, second, _ = ledger.rotate_key(old.id, overlap_s=60)
+    _, third, _ = ledger.rotate_key(second.id, overlap_s=60)
     assert (second.expires_s, third.expires_s) == (NOW_S + 1010, NOW_S + 1010)
 
 
@@ -192,7 +203,15 @@ def test_ledger_when_made_before_rotations_were_kept_is_used(any_ledger: str, le
         connection.exec_driver_sql("DROP TABLE rotations")
     with Ledger.open(any_ledger, clock=Clock(NOW_S)) as again:
         made, _ = again.new_key(key_of("a"))
-        assert again.rotate_key(made.id, overlap_s=60)[0].expires_s is None
+        assert again.rotate_key(made.id, overlap_s=60).new.expires_s is None
+
+
+def test_reading_when_something_changes_meanwhile_sees_one_state(any_ledger: str, ledger: Ledger):
+    with Ledger.open(any_ledger) as other, reading(ledger.engine) as connection:
+        before = connection.execute(select(state.c.revision)).scalar_one()
+        other.add_team(Team(name="a"))
+        assert connection.execute(select(teams.c.name)).all() == []
+    assert ledger.snapshot().revision == before + 1
 
 
 @pytest.mark.parametrize("change", ["team", "suspend", "key", "rotate", "revoke"])
@@ -289,19 +308,35 @@ def test_file_when_it_is_no_ledger_is_refused(tmp_path: Path):
         Ledger.open(str(path))
 
 
-def test_file_when_replaced_is_opened_again_by_its_reader(tmp_path: Path):
-    first, second = tmp_path / "a" / "ledger.db", tmp_path / "b" / "ledger.db"
-    with Ledger.open(str(first)) as ledger:
+def replace_ledger(path: Path, team: str) -> None:
+    """Put another ledger in the place of one that is in use."""
+    other = path.parent / "other" / "ledger.db"
+    with Ledger.open(str(other)) as ledger:
+        ledger.add_team(Team(name=team))
+    other.replace(path)
+
+
+def test_file_when_replaced_is_not_read_any_more(tmp_path: Path):
+    path = tmp_path / "ledger.db"
+    with Ledger.open(str(path)) as ledger:
         ledger.add_team(Team(name="a"))
         reader = LedgerReader(ledger)
-    with Ledger.open(str(second)):
-        pass
-    second.replace(first)
-    assert reader.current().revision == 1
-    first.unlink()
-    with pytest.raises(LedgerError, match="cannot be read"):
-        reader.current()
-    reader.close()
+        replace_ledger(path, team="b")
+        with pytest.raises(LedgerError, match=r"was replaced .*\. Restart .*gateway and steward"):
+            reader.current()
+        path.unlink()
+        with pytest.raises(LedgerError, match="cannot be read"):
+            reader.current()
+        reader.close()
+
+
+def test_file_when_replaced_is_not_charged_any_more(tmp_path: Path):
+    path = tmp_path / "ledger.db"
+    with Ledger.open(str(path)) as ledger:
+        assert ledger.apply(Batch("w", 1)) == Answer()
+        replace_ledger(path, team="b")
+        with pytest.raises(LedgerError, match=r"was replaced .*\. Restart .*gateway and steward"):
+            ledger.apply(Batch("w", 2))
 
 
 def test_file_when_many_processes_open_it_first_has_one_pepper(tmp_path: Path):
@@ -375,6 +410,32 @@ def test_server_when_it_does_not_answer_shows_no_password():
     with pytest.raises(LedgerError, match="cannot be used") as caught:
         Ledger.open("postgresql://me:secret@127.0.0.1:1/name?connect_timeout=2")
     assert "secret" not in caught.value.message
+
+
+def test_server_when_connected_to_is_told_bounds_for_every_wait():
+    url = "postgresql://host/name?connect_timeout=2&options=-csearch_path%3Dx"
+    engine = _postgres_engine(ledger_url(url))
+    told: dict[str, object] = {}
+
+    @event.listens_for(engine, "do_connect")
+    def refuse(dialect: object, record: object, args: object, settings: dict[str, object]) -> None:
+        told.update(settings)
+        raise ConnectionRefusedError
+
+    with pytest.raises(ConnectionRefusedError):
+        engine.connect()
+    assert told["connect_timeout"] == "2"
+    assert told["options"] == "-c statement_timeout=15000 -csearch_path=x"
+    assert {"tcp_user_timeout", "keepalives_idle", "keepalives_count"} <= told.keys()
+
+
+def test_server_when_a_statement_takes_too_long_ends_it(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RAYSMITH_STATE", str(tmp_path))
+    server = request.getfixturevalue("postgres")
+    with Ledger.open(server.new_ledger()) as ledger, ledger.engine.connect() as connection:
+        assert connection.execute(text("SHOW statement_timeout")).scalar_one() == "15s"
 
 
 def test_file_when_opened_twice_here_loses_nothing_that_another_process_writes(tmp_path: Path):

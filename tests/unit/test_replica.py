@@ -253,7 +253,9 @@ def test_generate_when_one_prompt_is_wrong_refuses_all(replica, bad, code):
     assert (refused.status, refused.code, refused.param) == (400, code, "prompt")
 
 
-def test_generate_when_the_model_computes_nonsense_says_that_no_other_replica_would_help(directory):
+def test_generate_when_the_model_computes_nonsense_says_that_no_other_replica_would_help(
+    directory, caplog
+):
     model = EngineReplica(str(directory), "native", {"max_slots": 4})
     try:
         model._generator = Failing()
@@ -261,6 +263,8 @@ def test_generate_when_the_model_computes_nonsense_says_that_no_other_replica_wo
     finally:
         model.close()
     assert (refused.status, refused.code) == (500, "generation_failed")
+    assert "not finite" not in refused.message
+    assert "not finite" in caplog.text
 
 
 def test_generate_when_engine_stopped_says_so_and_is_not_healthy(replica):
