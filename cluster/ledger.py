@@ -20,7 +20,8 @@ from cluster import ledger_schema as schema
 from cluster.accounting import Answer, Balance, Batch, Key, Limits, Scope, Team, UsageRow
 from cluster.bookkeeping import apply_batch, read_balance, read_usage
 from cluster.errors import AccountError, LedgerError
-from cluster.ledger_schema import LedgerFile, is_file, ledger_url, open_engine, reading, writing
+from cluster.ledger_address import is_file, ledger_url
+from cluster.ledger_database import LedgerFile, open_engine, reading, writing
 from cluster.pepper import Pepper, create_pepper, load_pepper, make_key, pepper_path
 
 _LIMITS = tuple(Limits.model_fields)

@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.errors import LedgerError
 from cluster.ledger import Ledger, Snapshot
-from cluster.ledger_schema import LedgerFile, ledger_errors
+from cluster.ledger_database import LedgerFile, ledger_errors
 
 _QUERY = "SELECT revision FROM ledger"
 

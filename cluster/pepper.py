@@ -14,7 +14,7 @@ from pathlib import Path
 from sqlalchemy.engine import URL
 
 from cluster.errors import ConfigError
-from cluster.ledger_schema import is_file
+from cluster.ledger_address import is_file
 from cluster.session_state import write_private
 from cluster.storage import state_folder, storage_errors
 

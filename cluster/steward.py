@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.accounting import Answer, Batch
 from cluster.errors import ClusterError, LedgerError, RaysmithError
 from cluster.ledger import Ledger
-from cluster.ledger_schema import LEDGER_VARIABLE, is_file, ledger_url
+from cluster.ledger_address import LEDGER_VARIABLE, is_file, ledger_url
 
 NAMESPACE = "raysmith"
 _CALL_TIMEOUT_S = 15.0

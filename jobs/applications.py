@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ClusterError, ConfigError
-from cluster.ledger_schema import public_url
+from cluster.ledger_address import public_url
 from jobs.config import DeployConfig
 from jobs.models import _hf
 from jobs.models._bert import is_encoder, read_encoder_config

@@ -22,7 +22,7 @@ from cluster.errors import (
     TokenizerError,
 )
 from cluster.ledger import Ledger
-from cluster.ledger_schema import public_url
+from cluster.ledger_address import public_url
 from jobs.data.tokenizer import load_tokenizer
 from jobs.evaluation.parity import Endpoint, compare, offline_answers
 from jobs.registry import Entry

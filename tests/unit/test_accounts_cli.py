@@ -12,7 +12,8 @@ from sqlalchemy import insert
 import raysmith
 from cluster.accounting import Account, Batch, Charge, Used, hour_of, month_of
 from cluster.ledger import Ledger
-from cluster.ledger_schema import teams, writing
+from cluster.ledger_database import writing
+from cluster.ledger_schema import teams
 from raysmith_accounts.options import when
 
 

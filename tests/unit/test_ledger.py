@@ -13,17 +13,10 @@ from sqlalchemy import event, select, text, update
 from cluster.accounting import Answer, Batch, Key, Limits, Scope, Team
 from cluster.errors import AccountError, ConfigError, LedgerError
 from cluster.ledger import Ledger
+from cluster.ledger_address import ledger_url, public_url
+from cluster.ledger_database import _postgres_engine, reading, writing
 from cluster.ledger_reader import LedgerReader
-from cluster.ledger_schema import (
-    _postgres_engine,
-    keys,
-    ledger_url,
-    public_url,
-    reading,
-    state,
-    teams,
-    writing,
-)
+from cluster.ledger_schema import keys, state, teams
 
 NOW_S = 1_795_000_000  # 2026-11-18
 
