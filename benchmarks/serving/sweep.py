@@ -14,7 +14,7 @@ from benchmarks.serving.contender import Contender
 from benchmarks.serving.workload import Answers, Limit, percentile, poisson, together
 
 LIMIT = Limit(first_token_s=1.0, between_tokens_s=0.1)
-RATES_PER_S = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0)
+RATES_PER_S = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0)
 DURATION_S = 20.0
 _HOPELESS = 0.2
 
