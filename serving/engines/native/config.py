@@ -1,7 +1,7 @@
 """Options of the native engine, as values. No I/O, no torch."""
 
 from enum import StrEnum
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -46,12 +46,12 @@ class SpeculationConfig(StrictModel):
 class EngineConfig(TorchOptions):
     """How much the native engine runs at a time, and in which precision."""
 
-    max_shared_tokens: int | None = Field(
-        default=8,
-        ge=1,
+    max_shared_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        default="auto",
         description="Tokens of a pass for tenants that have more than twice the sequences of the "
         "lightest, beyond as many as that has. Lower: the lightest is slowed less, and fewer "
-        "tokens a second are computed in all. Unset: no bound.",
+        "tokens a second are computed in all. auto: the most, up to 8, that make a pass at most a "
+        "quarter longer, measured at the start. null: no bound.",
     )
     block_size: int = Field(default=16, ge=1, le=512, description="Tokens of one cache block.")
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(

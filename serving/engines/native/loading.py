@@ -46,6 +46,7 @@ from serving.engines.native.passes import PassLimits
 from serving.engines.native.runner import Drafter, Model, Runner
 from serving.engines.native.sampling import TokenizerInfo
 from serving.engines.native.scheduler import Scheduler
+from serving.engines.native.sharing import measured_shared_tokens
 from serving.engines.native.speculation import ModelDrafter, NgramDrafter
 
 _logger = logging.getLogger(__name__)
@@ -123,24 +124,29 @@ def start(
         adapters=adapters.names,
     )
     model = _runnable(loaded.model)
+    shared_tokens = config.max_shared_tokens
+    if shared_tokens == "auto":
+        shared_tokens = measured_shared_tokens(model, caches[0], device)
     replays, decoding = _replays(model, caches[0], config, device)
     info = replace(info, decoding=decoding)
-    _log(info)
+    _log(info, shared_tokens)
     drafter = _drafter(draft, config, caches[-1], device)
     return NativeEngine(
         Runner(model, caches[0], device, drafter, adapters, replays),
-        _scheduler(config, num_blocks, is_guessing=drafter is not None),
+        _scheduler(config, num_blocks, shared_tokens, is_guessing=drafter is not None),
         info,
         vocabulary or Vocabulary(TokenizerInfo(shape.vocab_size)),
         config.speculation.num_tokens if drafter is not None else 0,
     )
 
 
-def _scheduler(config: EngineConfig, num_blocks: int, *, is_guessing: bool) -> Scheduler:
+def _scheduler(
+    config: EngineConfig, num_blocks: int, shared_tokens: int | None, *, is_guessing: bool
+) -> Scheduler:
     limits = PassLimits(
         config.max_slots,
         max(config.max_batch_tokens, config.max_slots),
-        config.max_shared_tokens,
+        shared_tokens,
         config.speculation.max_rows if is_guessing else 0,
     )
     blocks = BlockManager(
@@ -194,16 +200,18 @@ def _runnable(model: Decoder) -> Model:
     return FusedDecoder(model) if can_fuse(model) else model
 
 
-def _log(info: EngineInfo) -> None:
+def _log(info: EngineInfo, shared_tokens: int | None) -> None:
     layers = Counter((info.schemes.get(name, "?"), op) for name, op in info.operators.items())
     operators = ", ".join(f"{n} x {scheme} on {op}" for (scheme, op), n in layers.most_common())
     _logger.info(
-        "native engine: weights %.1f MiB, cache %.1f MiB; decoding: %s; layers: %s; kernels: %s",
+        "native engine: weights %.1f MiB, cache %.1f MiB; decoding: %s; layers: %s; kernels: %s; "
+        "tokens of heavy tenants in a light one's pass: %s",
         info.weight_bytes / MIB,
         info.cache_bytes / MIB,
         info.decoding,
         operators or "as they are",
         _kernels(info),
+        "any" if shared_tokens is None else shared_tokens,
     )
 
 
