@@ -205,7 +205,7 @@ class Canary:
     def _without_new(self, apps: dict[str, App]) -> dict[str, App] | None:
         """Return the applications with the new version's as it was before; None: nothing to do."""
         name = self._new["application"]
-        if name not in self._ours or name not in apps or apps[name] == self._own_app:
+        if name not in apps or apps[name] == self._own_app:
             return None
         kept = {key: app for key, app in apps.items() if key != name}
         return kept if self._own_app is None else {**kept, name: self._own_app}

@@ -29,10 +29,15 @@ def run(work):
         return runner.run(asyncio.wait_for(work, 20))
 
 
-def kill(host) -> None:
-    """Break a replica's connections as the end of its process would, without a farewell."""
+def break_connections(host) -> None:
+    """Break a replica's connections, without a farewell."""
     for session in list(host._server._sessions):
         session._transport.abort()
+
+
+def kill(host) -> None:
+    """Do to a replica's connections what the end of its process would."""
+    break_connections(host)
     for server in host._server._servers:
         server.close()
     host._beating.cancel()
@@ -236,8 +241,7 @@ def test_generate_when_a_connection_breaks_goes_on_at_the_same_replica():
             asked = asyncio.create_task(collect(made.fleet.generate(MODEL, request())))
             await replica.is_paused.wait()
             replica.pause_at = set()
-            for session in list(made.hosts[0]._server._sessions):
-                session._transport.abort()
+            break_connections(made.hosts[0])
             return await asked, len(replica.asked)
 
     events, num_asked = run(work())

@@ -49,8 +49,9 @@ class Scheduler:
         """How long the oldest waiting sequence has waited, as of the last pass."""
         since_s = self.waiting_since_s
         # Who waited at the last pass may have been cancelled since, and no pass follows.
-        is_over = since_s is None or not self.num_waiting
-        return 0.0 if since_s is None or is_over else self._clock() - since_s
+        if since_s is None or not self.num_waiting:
+            return 0.0
+        return self._clock() - since_s
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""

@@ -62,5 +62,5 @@ def shared_tokens(
             run(rows)
             shortest_s[rows] = min(shortest_s[rows], clock() - began_s)
     limit_s = _MOST_SLOWER * shortest_s[1]
-    within = [each for each in tokens if shortest_s[each + _LIGHT_ROWS] <= limit_s]
-    return within[0] if within else tokens[-1]
+    within = (each for each in tokens if shortest_s[each + _LIGHT_ROWS] <= limit_s)
+    return next(within, tokens[-1])
