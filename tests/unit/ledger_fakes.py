@@ -19,6 +19,11 @@ Test = Callable[[LedgerAccounts], Awaitable[None]]
 QUICK = Pace(gather_s=0.001, first_retry_s=0.001, lease_timeout_s=0.05, close_timeout_s=0.05)
 
 
+def key_of(team: str, **changes: object) -> Key:
+    """A key that a ledger can be asked to make."""
+    return Key(id="", team=team, scopes=frozenset({Scope.INFERENCE})).replace(**changes)
+
+
 class Clock:
     """A time that only the test moves."""
 
@@ -87,9 +92,7 @@ class Service:
         self.steward: Any = FakeSteward(self.ledger)
 
     def new_key(self, **changes: Any) -> tuple[Key, str]:
-        return self.ledger.new_key(
-            Key(id="", team="a", scopes=frozenset({Scope.INFERENCE})).replace(**changes)
-        )
+        return self.ledger.new_key(key_of("a", **changes))
 
     def run(self, test: Test, pace: Pace = Pace()) -> None:
         async def run() -> None:
