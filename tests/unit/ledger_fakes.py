@@ -91,8 +91,8 @@ class Service:
         self.key, self.secret = self.new_key()
         self.steward: Any = FakeSteward(self.ledger)
 
-    def new_key(self, **changes: Any) -> tuple[Key, str]:
-        return self.ledger.new_key(key_of("a", **changes))
+    def new_key(self, team: str = "a", **changes: Any) -> tuple[Key, str]:
+        return self.ledger.new_key(key_of(team, **changes))
 
     def run(self, test: Test, pace: Pace = Pace()) -> None:
         async def run() -> None:
