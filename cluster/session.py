@@ -125,7 +125,7 @@ def join(address: str) -> None:
     if ":" in where and not processes.is_listening(where, timeout_s=5.0):
         raise ClusterError(
             f"no Ray cluster answers at {address}. Start one with `raysmith up`, or correct the "
-            "address (RAY_ADDRESS or --address)."
+            "address in RAY_ADDRESS."
         )
     try:
         ray.init(address=address, logging_level="WARNING", log_to_driver=True)
@@ -182,9 +182,9 @@ def _adopt(session: Session) -> None:
 def _draft(config: HeadConfig) -> Session:
     gcs_port, dashboard_port, serve_port = processes.pick_ports(
         (
-            (config.gcs_port, "the Ray head", "gcs_port"),
-            (config.dashboard_port, "the dashboard", "dashboard_port"),
-            (config.serve_port, "Ray Serve", "serve_port"),
+            (config.gcs_port, "the Ray head", "--port"),
+            (config.dashboard_port, "the dashboard", "--dashboard-port"),
+            (config.serve_port, "Ray Serve", "--serve-port"),
         )
     )
     # Unix socket paths end at 107 bytes (Linux) or 103 (macOS), and Ray adds about 70 to its

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Build the engines that benchmarks.serving compares with, each in an environment of its own under
-# .bench/. torch is pinned first: unpinned it would bring several GB for CUDA. vLLM's environment is
-# the one of `make test-vllm`.
+# .bench/. torch is pinned first, so that no engine chooses another; which build comes is pip's
+# configuration (see README.md). vLLM's environment is the one of `make test-vllm`.
 set -eu
 PYTHON=${PYTHON:-python3}
 cd "$(dirname "$0")/../.."

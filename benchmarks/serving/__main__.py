@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks._report import document_of
 from benchmarks.serving import quick
 from benchmarks.serving.peers import CASES, Case
-from benchmarks.serving.sections import SECTIONS, Bench
+from benchmarks.serving.sections import SECTIONS, Bench, check_ready
 from cluster.errors import RaysmithError
 from cluster.storage import write_json
 
@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     plots = arguments.plots or arguments.json.parent
     document = document_of("Serving beside the engines people would pick instead", "serving", given)
     try:
-        for name in arguments.only or SECTIONS:
+        names = arguments.only or tuple(SECTIONS)
+        check_ready(names)
+        for name in names:
             say(f"== {name}")
             with ExitStack() as stack:
                 bench = Bench(stack, arguments.rounds, arguments.cases, plots, say)

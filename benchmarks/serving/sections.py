@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,13 +146,18 @@ def _prefix(bench: Bench) -> Section:
     return {"prefix": found}
 
 
-def _speculative(bench: Bench) -> Section:
+def _trained_model() -> Path:
     registry = Registry(ROOT / "runs" / "demo" / "registry")
     try:
-        model = registry.resolve("stdlib-tiny@production").path
+        return registry.resolve("stdlib-tiny@production").path
     except ModelNotFoundError as error:
-        raise ConfigError("the trained model is missing. Run `make demo` first.") from error
-    python = Path(sys.executable)
+        raise ConfigError(
+            "`speculative` needs the trained model, which is missing. Run `make demo` first."
+        ) from error
+
+
+def _speculative(bench: Bench) -> Section:
+    python, model = Path(sys.executable), _trained_model()
     return {"speculative": speculative.measure(python, model, {"max_slots": 1}, bench.say)}
 
 
@@ -222,6 +227,12 @@ def _embeddings(bench: Bench) -> Section:
     service.offer(service.publish(model, "minilm"), {}, cpus_per_replica=CPUS)
     found = embeddings.measure(service.api("minilm"), bench.say)
     return {"embeddings": found}
+
+
+def check_ready(names: Iterable[str]) -> None:
+    """Raise ConfigError for what a section lacks, before the first one takes its time."""
+    if "speculative" in names:
+        _trained_model()
 
 
 SECTIONS: dict[str, Callable[[Bench], Section]] = {

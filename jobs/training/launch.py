@@ -69,8 +69,9 @@ def plan_rows(config: TrainConfig) -> Sequence[tuple[str, str]]:
     try:
         session.connect()
         where, inventory = "the running cluster", cluster_inventory()
-    except ClusterError:
-        where, inventory = "this machine (no cluster is running)", local_inventory()
+    except ClusterError as error:
+        where = f"this machine, since no cluster is joined: {error.message}"
+        inventory = local_inventory()
     rows = make_plan(config, inventory).table()
     return [("planned for", where), *((name, value) for name, value in rows)]
 

@@ -10,6 +10,7 @@ from http import HTTPStatus
 from serving.gateway.errors import RefusedError
 from serving.messages import Refused
 
+MAX_TIMEOUT_S = 600
 _RETRY_AFTER_S = 1
 # The last quarter of all places is for teams that hold less than an equal share of them, so that
 # one team's burst does not shut out the others.
@@ -26,7 +27,7 @@ class GatewayLimits:
     max_headers: int = 64
     max_header_bytes: int = 16 * 2**10
     max_json_depth: int = 64
-    max_timeout_s: float = 600.0  # To answer; a client may ask for less, never for more.
+    max_timeout_s: float = MAX_TIMEOUT_S  # To answer; clients may ask for less.
     max_stall_s: float = 60.0  # For a client that stops reading its stream.
     keep_alive_s: float = 5.0  # Between comments in a stream that waits.
     answer_tokens: int = 4096  # Reserved where neither the request nor the model bounds an answer.

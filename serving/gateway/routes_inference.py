@@ -23,7 +23,7 @@ from serving.gateway.deadlines import allowed_s
 from serving.gateway.embedding import Embedding, EmbeddingQuestion
 from serving.gateway.errors import RefusedError
 from serving.gateway.examples import CHATS, COMPLETIONS, EMBEDDINGS, EVENT_STREAMS, request_examples
-from serving.gateway.limits import Admission, GatewayLimits
+from serving.gateway.limits import MAX_TIMEOUT_S, Admission, GatewayLimits
 from serving.gateway.rendering import Rendering
 from serving.gateway.rendering_chat import ChatRendering
 from serving.gateway.rendering_completion import CompletionRendering
@@ -44,7 +44,7 @@ from serving.gateway.tickets import Held, Tickets
 from serving.gateway.tool_calls import CallReading
 from serving.messages import Refused, ServedModel, Task
 
-_MOST_MS = 86_400_000
+_MOST_MS = 1000 * MAX_TIMEOUT_S
 _MOST_LOGGED_CHARACTERS = 10_000
 DeadlineMs = Annotated[
     int | None,

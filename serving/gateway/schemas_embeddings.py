@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from serving.gateway.limits import MAX_TIMEOUT_S
 from serving.gateway.schemas_base import (
     IGNORED,
     Body,
@@ -39,7 +40,10 @@ class EmbeddingsRequest(Body):
         default=None, ge=1, le=MAX_DIMENSIONS, description="Only so many, normalised again."
     )
     timeout_s: float | None = Field(
-        default=None, gt=0, le=3600, description="Give up after this time (an extension)."
+        default=None,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="Give up after this time, in seconds (an extension).",
     )
 
     def embedding(self) -> EmbeddingRequest:

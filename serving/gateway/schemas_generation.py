@@ -13,6 +13,7 @@ from serving.engines._protocol import (
     MIN_REPETITION_PENALTY,
     StopString,
 )
+from serving.gateway.limits import MAX_TIMEOUT_S
 from serving.gateway.schemas_base import IGNORED, MAX_TOKENS, Body, ModelName
 from serving.gateway.schemas_structure import Structured
 from serving.messages import Sampling, Structure
@@ -80,7 +81,10 @@ class Generation(Structured):
         default=None, description="LoRA adapter of the model to run (an extension)."
     )
     timeout_s: float | None = Field(
-        default=None, gt=0, le=3600, description="Give up after this time (an extension)."
+        default=None,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="Give up after this time, in seconds (an extension).",
     )
     return_token_ids: bool | None = Field(
         default=None, description="Add `token_ids` to every choice (an extension)."

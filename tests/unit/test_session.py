@@ -113,7 +113,7 @@ def test_start_when_a_port_is_taken_starts_nothing(state: Path) -> None:
         server.bind((LOOPBACK, 0))
         server.listen()
         port = server.getsockname()[1]
-        with pytest.raises(PortTakenError, match=f"port {port} .*`dashboard_port`"):
+        with pytest.raises(PortTakenError, match=f"port {port} .*`--dashboard-port`"):
             sessions.start_head(HeadConfig(**{**OPTIONS, "dashboard_port": port}))
     assert sessions.load_session("default") is None
 

@@ -45,8 +45,9 @@ def create(directory: Path, options: Mapping[str, Any]) -> Engine:
     config = parse_config(VllmConfig, dict(options), "engine options")
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "engine `vllm` needs vLLM, which is not installed: pip install 'raysmith[vllm]' in an "
-            "environment of its own, or choose engine `native` or `transformers`."
+            "engine `vllm` needs vLLM, which is not installed. Make an environment of its own with "
+            "`pip install -e '.[vllm]'` in a checkout, since vLLM chooses PyTorch's version, or "
+            "choose engine `native` or `transformers`."
         )
     verify_directory(directory)
     tokenizer = load_tokenizer(directory)

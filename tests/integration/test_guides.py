@@ -1,0 +1,58 @@
+"""The guides, word for word where no cluster is needed: their `bash` blocks, over a tiny model."""
+
+import random
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+import raysmith
+from jobs.config import DecoderConfig, TrainConfig
+from jobs.data.prepare import prepare
+from jobs.data.tokenizer import train_tokenizer
+from jobs.models.decoder import build, save
+from jobs.registry import Registry
+
+GUIDES = Path(__file__).parents[2] / "docs" / "guides"
+SHAPE = DecoderConfig(vocab_size=300, hidden_size=128, intermediate_size=384, num_layers=3)
+WORDS = ("def", "return", "value", "for", "index", "in", "range", "print", "(", ")")
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    """Return the code blocks of a kind, in order."""
+    pattern = re.compile(rf"^```{kind}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return pattern.findall(page.read_text(encoding="utf-8"))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return the words of every command in the `bash` blocks."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with `models/mine` and `texts`; paths start from it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAYSMITH_HOME", raising=False)
+    generator = random.Random(0)
+    (tmp_path / "texts").mkdir()
+    for number in range(300):
+        text = " ".join(generator.choices(WORDS, k=2000))
+        (tmp_path / "texts" / f"{number:03d}.txt").write_text(f"{number} {text}\n")
+    train_tokenizer([" ".join(WORDS)], 300, tmp_path / "models" / "mine")
+    save(build(SHAPE, seed=0), tmp_path / "models" / "mine")
+    return tmp_path
+
+
+def test_guide_to_your_own_model_when_followed_publishes_it(folder: Path):
+    page = GUIDES / "your-own-model.md"
+    (config,) = blocks(page, "yaml")
+    prepare(TrainConfig.model_validate(yaml.safe_load(config)), folder / "runs" / "mine" / "data")
+    for name, *words in commands(page):
+        assert name == "raysmith"
+        assert raysmith.main(words) == 0
+    entry = Registry(folder / "runs" / "registry").resolve("mine@production")
+    assert 0 < entry.metrics["size_ratio"] < 0.75
