@@ -1,7 +1,9 @@
 """The command line: `raysmith up`, `train`, `search`, `serve` and the rest.
 
-Takes words; gives exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted. The one file
-that knows all three packages; each command hands over to one function of theirs.
+Takes words; gives exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted. Each command
+hands over to one function of `cluster` or `jobs`; those about models and accounts are in
+`raysmith_models` and `raysmith_accounts`. Nothing of `serving` is imported: that runs as jobs and
+as Ray Serve applications, which are named by their import path.
 """
 
 import importlib

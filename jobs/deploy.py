@@ -136,7 +136,7 @@ def wait_until_running(api: Api, names: Sequence[str], timeout_s: float) -> None
         time.sleep(_POLL_S)
     raise ClusterError(
         f"application `{name}` is {status} after the deployment: "
-        f"{message or 'Serve says no more'}. Logs: after `eval \"$(raysmith env)\"`, "
+        f'{message or "Serve says no more"}. Logs: after `eval "$(raysmith env)"`, '
         "`ray logs cluster` lists the files and `ray logs cluster NAME` shows one."
     )
 

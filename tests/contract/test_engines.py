@@ -37,7 +37,7 @@ def test_engines_when_listed_are_the_ones_tested_here():
 
 @pytest.mark.skipif(IS_VLLM_INSTALLED, reason="vLLM is installed")
 def test_create_when_vllm_is_not_installed_says_what_to_do(directory):
-    with pytest.raises(ConfigError, match=r"pip install 'raysmith\[vllm\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[vllm\]'"):
         Plugin("vllm").create(directory)
 
 

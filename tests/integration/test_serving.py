@@ -31,8 +31,8 @@ def service(tmp_path_factory):
 
 
 def serve_deploy(service: Service) -> None:
-    """Run `serve deploy` on the recipe, with this test's paths, port and small bounds."""
-    config = yaml.safe_load(RECIPE.read_text())
+    """Run `serve deploy` on the recipe, with this test's model, paths, port and small bounds."""
+    config = yaml.safe_load(RECIPE.read_text().replace("stdlib-tiny", "tiny"))
     engine, gateway = (application["args"] for application in config["applications"])
     engine["registry"] = str(service.folder / "registry")
     engine["engine_options"] = {"max_slots": 2, "max_len": MAX_LEN}

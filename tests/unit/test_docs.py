@@ -37,7 +37,16 @@ def test_reference_pages_when_generated_equal_the_committed_ones(generator: Modu
         assert committed == text, f"docs/reference/{name} is old: run `make docs`"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/architecture.md",
+        "docs/guides/your-own-model.md",
+        "docs/reference/environment.md",
+    ],
+)
 def test_links_between_pages_lead_to_files(page: str):
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = [t for t in re.findall(r"\]\(([^)#]+)", text) if "://" not in t]
@@ -52,18 +61,74 @@ def test_every_field_of_a_configuration_has_a_sentence(generator: ModuleType):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "model"),
+    ("title", "row"),
     [
-        ("stdlib-tiny", "TrainConfig"),
-        ("stdlib-tiny-search", "SearchConfig"),
-        ("compress-w4a16", "CompressConfig"),
-        ("evaluate-w4a16", "EvaluateConfig"),
-        ("demo", "PipelineConfig"),
+        ("native", "| `max_slots` | `int` | `16` |"),
+        ("native", "| `max_shared_tokens` | `int or Literal['auto'] or None` | `auto` |"),
+        ("native: speculation", "| `kind` | `Literal['none', 'ngram', 'draft']` | `none` |"),
+        ("native: encoders", "| `max_len` | `int` | `4096` |"),
+        ("transformers", "| `max_batch_tokens` | `int` | `512` |"),
+        ("vllm", "| `tensor_parallel` | `int` | `1` |"),
     ],
 )
-def test_every_recipe_is_a_valid_configuration(recipe: str, model: str):
-    config = load_config(getattr(job_configs, model), ROOT / f"deploy/recipes/{recipe}.yaml")
-    assert config.model_dump()
+def test_configuration_page_has_the_options_of_every_engine(
+    generator: ModuleType, title: str, row: str
+):
+    engines = generator.pages()["configuration.md"].partition("\n# Engines\n")[2]
+    (section,) = re.findall(rf"^## {title}$(.*?)(?=^## |\Z)", engines, re.MULTILINE | re.DOTALL)
+    assert row in section
+
+
+def test_configuration_page_when_an_option_is_no_encoders_does_not_list_it_there(
+    generator: ModuleType,
+):
+    section = generator.pages()["configuration.md"].partition("\n## native: encoders\n")[2]
+    assert "cache_bytes" not in section.partition("\n## ")[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| `MODEL` | required | name@version or name@production. |",
+        "| `--port` | `6379` | Port of the cluster; 0 picks one. |",
+        "| `--wait`, `--no-wait` | `--wait` | Follow the log until the job ends. |",
+        "| `--promote`, `--no-promote` | `--no-promote` | Point name@production to it. |",
+        "One of: `inference`, `metrics`, `admin`. |",
+    ],
+)
+def test_commands_page_has_defaults_negative_switches_and_choices(generator: ModuleType, row: str):
+    assert row in generator.pages()["commands.md"]
+
+
+def test_environment_page_has_a_row_for_every_variable_that_the_code_reads():
+    page = (ROOT / "docs/reference/environment.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    folders = ("cluster", "jobs", "serving", "raysmith_accounts")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    files += ROOT.glob("raysmith*.py")
+    source = "".join(p.read_text(encoding="utf-8") for p in files if p.suffix in (".py", ".cpp"))
+    # The first is only set, the others stand in examples.
+    unread = {"RAYSMITH_HEAD_ID", "RAYSMITH_URL", "RAYSMITH_API_KEY"}
+    ours = set(re.findall(r"\bRAYSMITH_[A-Z_]*[A-Z]\b", source)) - unread
+    assert {row for row in rows if row.startswith("RAYSMITH_")} == ours
+    assert [row for row in rows if row not in source] == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "overrides"),
+    [
+        ("stdlib-tiny", "TrainConfig", []),
+        ("stdlib-tiny-search", "SearchConfig", []),
+        ("compress-w4a16", "CompressConfig", []),
+        ("evaluate-w4a16", "EvaluateConfig", []),
+        ("minilm", "CompressConfig", ["model=models/minilm"]),
+        ("evaluate-minilm", "EvaluateConfig", ["base=models/minilm"]),
+        ("demo", "PipelineConfig", []),
+    ],
+)
+def test_every_recipe_is_a_valid_configuration(recipe: str, model: str, overrides: list[str]):
+    path = ROOT / f"deploy/recipes/{recipe}.yaml"
+    assert load_config(getattr(job_configs, model), path, overrides).model_dump()
 
 
 def test_http_page_names_every_field_that_is_accepted_and_does_nothing():

@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
     with staged_directory(source, {"kind": "model"}) as staged:
         (staged / "weights").write_bytes(b"w")
     registry = Registry(tmp_path / "registry")
-    registry.publish(source, "tiny")
+    registry.publish(source, "stdlib-tiny")
     return tmp_path
 
 
@@ -71,7 +71,7 @@ def test_recipe_when_read_routes_to_the_engine_that_it_deploys():
     (deployment,) = recipe(1)["deployments"]
     table = parse_config(RoutingTable, deployment["user_config"], "the recipe")
     assert [route.reference for route in table.routes] == [recipe(0)["args"]["model"]]
-    assert recipe(0)["name"] == "engine--tiny--1"
+    assert recipe(0)["name"] == "engine--stdlib-tiny--1"
 
 
 @pytest.mark.parametrize(
