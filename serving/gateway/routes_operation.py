@@ -3,7 +3,6 @@
 Takes a backend and accounts; adds routes to an application. It does not know how models are asked.
 """
 
-from functools import cache
 from http import HTTPStatus
 from itertools import groupby
 from typing import Annotated, Any
@@ -62,15 +61,6 @@ def add_usage_route(app: FastAPI, accounts: Accounts) -> None:
 def add_operation_routes(app: FastAPI, backend: Backend, metrics: GatewayMetrics) -> None:
     """Add health, readiness, metrics and the description of the API."""
 
-    # Made once: who asks for them brings no key.
-    @cache
-    def document() -> bytes:
-        return bytes(JsonResponse(app.openapi()).body)
-
-    @cache
-    def page() -> str:
-        return docs_page(app.openapi())
-
     @app.get("/healthz", responses=answers(None))
     async def is_alive() -> dict[str, str]:
         """Say that the gateway runs."""
@@ -94,12 +84,12 @@ def add_operation_routes(app: FastAPI, backend: Backend, metrics: GatewayMetrics
     @app.get("/openapi.json", response_model=None, responses=answers(None))
     async def describe() -> Response:
         """Describe this API in OpenAPI."""
-        return Response(document(), media_type="application/json")
+        return JsonResponse(app.openapi())
 
     @app.get("/docs", response_model=None, responses=answers(None, media="text/html"))
     async def show_docs() -> Response:
         """Describe this API in a page without scripts."""
-        return HTMLResponse(page())
+        return HTMLResponse(docs_page(app.openapi()))
 
 
 def _model_documents(backend: Backend, caller: Principal) -> list[dict[str, Any]]:

@@ -47,9 +47,8 @@ RULES: dict[tuple[str, str], Rule] = {
     ("GET", "/healthz"): Rule(Access.PUBLIC),
     ("GET", "/readyz"): _ANY_KEY,
     ("GET", "/metrics"): Rule(Access.KEY, frozenset({Scope.METRICS})),
-    # A browser cannot bring a key, and these say what everybody's source code says.
-    ("GET", "/openapi.json"): Rule(Access.PUBLIC),
-    ("GET", "/docs"): Rule(Access.PUBLIC),
+    ("GET", "/openapi.json"): _ANY_KEY,
+    ("GET", "/docs"): _ANY_KEY,
     ("GET", "/v1/models"): _INFERENCE,
     ("GET", "/v1/models/{name}"): _INFERENCE,
     ("POST", "/v1/completions"): _WORK,
