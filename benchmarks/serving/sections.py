@@ -7,8 +7,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,14 @@ def _peers(bench: Bench) -> Section:
 
 def _gateway_overhead(bench: Bench) -> Section:
     model = Models(REFERENCE).compressed("w8a8")
-    served = bench.served(bench.service(), model, "w8a8")
-    bare = bench.bare(model, "w8a8")
-    return {"gateway_overhead": overhead.measure(served, bare, REFERENCE.vocab_size, bench.say)}
+
+    @contextmanager
+    def start() -> Iterator[tuple[Contender, Contender]]:
+        with ExitStack() as stack:
+            own = replace(bench, stack=stack)
+            yield own.served(own.service(), model, "w8a8"), own.bare(model, "w8a8")
+
+    return {"gateway_overhead": overhead.measure(start, REFERENCE.vocab_size, bench.say)}
 
 
 def _sweep(bench: Bench) -> Section:
