@@ -24,23 +24,26 @@ def measure(start: Start, vocab_size: int, say: Callable[[str], None]) -> dict[s
     The same engine, options, model and prompts on the same cores, in turns. `start` gives the
     service and the bare engine, in processes of their own each time.
     """
+
+    def first_token_ms(contender: Contender, turn: int) -> float:
+        return 1e3 * contender.run(together(1, 128, 2, vocab_size, turn)).first_token_s()[0]
+
+    def tokens_per_s(contender: Contender, turn: int) -> float:
+        return contender.run(together(32, 128, 64, vocab_size, turn)).tokens_per_s
+
     first_ms: _Both = {"served": [], "bare": []}
     rates: _Both = {"served": [], "bare": []}
     added_ms_by_start = []
     for number in range(_STARTS):
-        with start() as (served, bare):
-            for contender in (served, bare):
+        with start() as both:
+            for contender in both:
                 contender.run(together(32, 128, 8, vocab_size))
-            for turn in range(number * _PAIRS, (number + 1) * _PAIRS):
-                request = together(1, 128, 2, vocab_size, turn)
-                for name, contender in _in_turns(served, bare, turn):
-                    first_ms[name].append(1e3 * contender.run(request).first_token_s()[0])
+            _take_turns(
+                both, range(number * _PAIRS, (number + 1) * _PAIRS), first_token_ms, first_ms
+            )
             added_ms_by_start.append(median(_added(first_ms)[-_PAIRS:]))
             say(f"start {number + 1}: first token {added_ms_by_start[-1]:+.1f} ms")
-            for turn in range(number * _ROUNDS, (number + 1) * _ROUNDS):
-                requests = together(32, 128, 64, vocab_size, turn)
-                for name, contender in _in_turns(served, bare, turn):
-                    rates[name].append(contender.run(requests).tokens_per_s)
+            _take_turns(both, range(number * _ROUNDS, (number + 1) * _ROUNDS), tokens_per_s, rates)
     ratios = [s / b for s, b in zip(rates["served"], rates["bare"], strict=True)]
     return {
         "ttft_ms": median(_added(first_ms)),
@@ -56,7 +59,14 @@ def _added(first_ms: _Both) -> list[float]:
     return [s - b for s, b in zip(first_ms["served"], first_ms["bare"], strict=True)]
 
 
-def _in_turns(served: Contender, bare: Contender, turn: int) -> list[tuple[str, Contender]]:
-    """Return both by name; each is first in every other turn."""
-    both = [("served", served), ("bare", bare)]
-    return both[::-1] if turn % 2 else both
+def _take_turns(
+    both: tuple[Contender, Contender],
+    turns: range,
+    ask: Callable[[Contender, int], float],
+    found: _Both,
+) -> None:
+    """Add what both give in every turn; each is first in every other one."""
+    named = list(zip(found, both, strict=True))
+    for turn in turns:
+        for name, contender in named[::-1] if turn % 2 else named:
+            found[name].append(ask(contender, turn))

@@ -41,22 +41,6 @@ def measure(
     came, after the same time to warm up. Memory is that of the gateway and the replicas.
     `durations_s` are those of the first part and of each of the others.
     """
-    with _cores_at_once() as at_once:
-        if not at_once:
-            say("no right to real-time scheduling: refusals' times hold the clients' waits, too")
-        return {
-            "clients_realtime": at_once,
-            **_measure(api, vocab_size, resident_bytes, durations_s, say),
-        }
-
-
-def _measure(
-    api: Api,
-    vocab_size: int,
-    resident_bytes: Callable[[], int],
-    durations_s: tuple[float, float],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
     first_s, flood_s = durations_s
     pool = poisson(100.0, 60.0, vocab_size)
     capacity = asyncio.run(_closed_loop(api, pool, first_s))
@@ -100,7 +84,7 @@ def _measure(
 
 
 @contextmanager
-def _cores_at_once() -> Iterator[bool]:
+def cores_at_once() -> Iterator[bool]:
     """Give this thread a core whenever it asks, and yield whether the system allows it.
 
     Clients on machines of their own never wait for the server's cores. Beside it they do: Linux
