@@ -1,32 +1,44 @@
 """Recipes: ordered steps that turn a dense model into a compressed one.
 
-Takes a model and a recipe; gives the model with every layer's weights replaced by what its
-compressed form stands for, and the integers themselves. It does not know how a method works (see
-jobs/compression/methods), nor what is written to disk.
+Takes a model, a recipe and, where a method asks for it, calibration text; gives the model with
+every layer's weights replaced by what its compressed form stands for, and the integers themselves.
+It does not know how a method works (see jobs/compression/methods), nor what is written to disk.
 """
 
-import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Generic, TypeVar, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from cluster.config import StrictModel, parse_config
-from cluster.errors import ConfigError, RecipeError
-from jobs.compression import methods
-from jobs.compression.methods._protocol import Method
+from cluster.errors import RecipeError
+from jobs.compression.calibration import CalibrationPass
+from jobs.compression.inputs import LayerInputs
+from jobs.compression.methods._protocol import (
+    CalibratedMethod,
+    LayerResult,
+    Quantizable,
+    ScalingMethod,
+    WeightMethod,
+)
+from jobs.compression.shared_inputs import (
+    HEAD,
+    SharedInput,
+    divide_input,
+    feasible_scale,
+    group_of,
+    shared_inputs,
+)
+from jobs.compression.steps import Action, final_layouts, resolve
 from jobs.config import DecoderConfig, Recipe
 from jobs.kernels.formats import Layout, QuantizedWeight, Scheme
 from jobs.models import decoder, encoder
 from jobs.models.decoder import Decoder
 from jobs.models.encoder import Encoder, EncoderConfig
-from jobs.plugins import load_plugin
 
 ModelT = TypeVar("ModelT", Decoder, Encoder)
-_HEAD = "lm_head"
+Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -42,52 +54,44 @@ class Compressed(Generic[ModelT]):
         return self.quantized[layer].scheme if layer in self.quantized else "bf16"
 
 
-@dataclass(frozen=True)
-class _Action:
-    number: int
-    name: str
-    method: Method
-    options: StrictModel
-    layout: Layout | None
-    layers: tuple[str, ...]
-
-
-def apply_recipe(model: ModelT, recipe: Recipe) -> Compressed[ModelT]:
+def apply_recipe(
+    model: ModelT,
+    recipe: Recipe,
+    text_NT: Tensor | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Compressed[ModelT]:
     """Apply a recipe's steps in order; the model is taken over and changed in place.
 
-    A layer that is quantized twice takes the last choice, computed from its unquantized weight.
-    A head that shares the embedding's weight takes a copy of its own if a step names it. Raises
-    RecipeError for a target that matches no layer, a group size that does not divide, a method or
-    option that does not exist, and pruning after quantizing.
+    Where a method has to see what text feeds a layer, `text_NT` (token ids) goes through the model
+    once: block by block, each block's layers take all steps, and later blocks see what they make of
+    the text. `progress` hears of blocks done, of how many. A layer that is quantized twice takes
+    the last choice, computed from its unquantized weight. A head that shares the embedding's weight
+    takes a copy of its own if a step names it. Raises RecipeError for what `resolve` refuses, a
+    method that needs text where there is none or no decoder, and inputs that determine no answer.
     """
-    actions = _resolve(recipe, _linear_shapes(model))
-    if isinstance(model, Decoder) and any(_HEAD in action.layers for action in actions):
+    actions = resolve(recipe, _linear_shapes(model))
+    work = _Work(model, final_layouts(actions))
+    if not isinstance(model, Decoder):
+        _refuse(actions, "an encoder is no decoder, whose blocks it knows. Use rtn")
+        work.run(actions, _linear_names(model), None)
+        return Compressed(model, work.quantized, recipe)
+    if text_NT is None:
+        _refuse(actions, "it has to see text. Give `calibration`, or use rtn or magnitude")
+    if any(HEAD in action.layers for action in actions):
         model.untie()
-    last_layout = _final_layouts(actions)
-    quantized: dict[str, QuantizedWeight] = {}
-    for action in actions:
-        for layer in action.layers:
-            is_overruled = action.layout is not None and last_layout.get(layer) is not action
-            if is_overruled:
-                continue
-            weight = _weight(model, layer)
-            result = action.method.apply(weight.detach().float(), action.options)
-            with torch.no_grad():
-                weight.copy_(result.weight_OI)
-            if result.quantized is not None:
-                quantized[layer] = result.quantized
-    return Compressed(model, quantized, recipe)
+    _go_through(model, actions, work, text_NT, progress)
+    return Compressed(model, work.quantized, recipe)
 
 
 def layouts(config: DecoderConfig | EncoderConfig, recipe: Recipe) -> dict[str, Layout]:
     """Return the format that each linear layer will have, without touching weights."""
     model = _without_weights(config)
-    actions = _resolve(recipe, _linear_shapes(model))
-    final = _final_layouts(actions)
+    actions = resolve(recipe, _linear_shapes(model))
+    final = final_layouts(actions)
     dense = Layout("bf16")
     return {
         name: (final[name].layout or dense) if name in final else dense
-        for name in [*_linear_names(model), *([_HEAD] if _HEAD in final else [])]
+        for name in [*_linear_names(model), *([HEAD] if HEAD in final else [])]
     }
 
 
@@ -99,7 +103,7 @@ def predicted_bytes(config: DecoderConfig | EncoderConfig, recipe: Recipe) -> in
     model = _without_weights(config)
     shapes = _linear_shapes(model)
     chosen = layouts(config, recipe)
-    if isinstance(model, Decoder) and _HEAD in chosen:
+    if isinstance(model, Decoder) and HEAD in chosen:
         model.untie()
     # A tied head is the embedding, and parameters() gives it once.
     num_all = sum(parameter.numel() for parameter in model.parameters())
@@ -108,67 +112,116 @@ def predicted_bytes(config: DecoderConfig | EncoderConfig, recipe: Recipe) -> in
     return 2 * (num_all - num_linear) + linear_bytes
 
 
-def _resolve(recipe: Recipe, shapes: dict[str, tuple[int, int]]) -> list[_Action]:
-    actions = []
-    quantized_by: dict[str, int] = {}
-    for number, step in enumerate(recipe.steps, start=1):
-        place = f"step {number} ({step.method})"
-        try:
-            method = cast(Method, load_plugin(methods, step.method, what="compression method"))
-            options = parse_config(method.Options, step.options, f"options of {place}")
-        except ConfigError as error:
-            raise RecipeError(str(error)) from None
-        layers = tuple(_matching(step.targets, list(shapes), place))
-        layout = method.layout(options)
-        for layer in layers:
-            if layout is not None:
-                _check_groups(layout, layer, shapes[layer], place)
-                quantized_by[layer] = number
-            elif layer in quantized_by:
-                raise RecipeError(
-                    f"{place} changes the weights of `{layer}`, which step {quantized_by[layer]} "
-                    "has quantized. Put pruning before quantizing."
-                )
-        actions.append(_Action(number, step.method, method, options, layout, layers))
-    return actions
+def _refuse(actions: Sequence[Action], why: str) -> None:
+    for action in actions:
+        if action.needs_text:
+            raise RecipeError(f"{action.place} cannot be applied: {why}.")
 
 
-def _final_layouts(actions: list[_Action]) -> dict[str, _Action]:
-    return {layer: action for action in actions if action.layout for layer in action.layers}
+def _go_through(
+    model: Decoder,
+    actions: Sequence[Action],
+    work: "_Work",
+    text_NT: Tensor | None,
+    progress: Progress,
+) -> None:
+    """Apply all actions to one block after another, then to the head."""
+    num_blocks = len(model.model.layers)
+    parts = [
+        [name for g in shared_inputs(block) for name in g.layers] for block in range(num_blocks)
+    ]
+    parts.append([HEAD])
+    seeing = {layer for action in actions if action.needs_text for layer in action.layers}
+    last_seeing = max((n for n, part in enumerate(parts) if seeing.intersection(part)), default=-1)
+    if last_seeing < 0:
+        for part in parts:
+            work.run(actions, part, None)
+        return
+    assert text_NT is not None, "refused before"
+    with CalibrationPass(model, text_NT) as text:
+        for number, part in enumerate(parts):
+            work.run(actions, part, text)
+            if number < last_seeing:
+                text.advance()
+            progress(number + 1, len(parts))
 
 
-def _matching(targets: tuple[str, ...], names: list[str], place: str) -> Iterator[str]:
-    for target in targets:
-        if not any(_is_meant(name, target) for name in names):
-            close = difflib.get_close_matches(target, names, n=3) or names[:3]
-            raise RecipeError(
-                f"{place}: target `{target}` matches no linear layer of this model. "
-                f"Close names: {', '.join(close)}. Patterns are globs over such names."
-            )
-    for name in names:
-        if any(_is_meant(name, target) for target in targets):
-            yield name
+@dataclass
+class _Work:
+    """A model under way."""
+
+    model: Decoder | Encoder
+    final: dict[str, Action]
+    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+
+    def run(
+        self, actions: Sequence[Action], part: Sequence[str], text: CalibrationPass | None
+    ) -> None:
+        """Apply all actions to some layers, in order, with what the text feeds them now."""
+        here = [(action, [layer for layer in action.layers if layer in part]) for action in actions]
+        seeing = [layer for action, layers in here if action.needs_text for layer in layers]
+        groups = {layer: group_of(layer) for layer in seeing}
+        firsts = {layer: group.layers[0] if group else layer for layer, group in groups.items()}
+        inputs: dict[str, LayerInputs] = {}
+        if firsts:
+            assert text is not None, "refused before"
+            inputs = text.observe(list(dict.fromkeys(firsts.values())))
+        for action, layers in here:
+            if isinstance(action.method, ScalingMethod):
+                for group in dict.fromkeys(groups[layer] for layer in layers):
+                    assert group is not None, "checked when resolved"
+                    first = group.layers[0]
+                    inputs[first] = self._scale(action, group, layers, inputs[first])
+                continue
+            for layer in layers:
+                self._change(action, layer, inputs.get(firsts.get(layer, layer)))
+
+    def _scale(
+        self, action: Action, group: SharedInput, layers: Sequence[str], inputs: LayerInputs
+    ) -> LayerInputs:
+        """Scale the input of a group; return its moments afterwards."""
+        assert isinstance(action.method, ScalingMethod), action
+        assert isinstance(self.model, Decoder), "refused before"
+        chosen = {name: self.final[name].layout for name in group.layers if name in layers}
+        rounded = [
+            Quantizable(_weight(self.model, name).detach().float(), layout)
+            for name, layout in chosen.items()
+            if layout is not None and layout.scheme != "bf16"
+        ]
+        if not rounded:
+            return inputs
+        wanted_I = action.method.scale(rounded, inputs, action.options)
+        scale_I = feasible_scale(self.model, group, wanted_I)
+        divide_input(self.model, group, scale_I)
+        return inputs.divided_by(scale_I)
+
+    def _change(self, action: Action, layer: str, inputs: LayerInputs | None) -> None:
+        if action.layout is not None and self.final[layer] is not action:
+            return  # A later step decides.
+        weight = _weight(self.model, layer)
+        result = _result(action, layer, weight.detach().float(), inputs)
+        with torch.no_grad():
+            weight.copy_(result.weight_OI)
+        if result.quantized is not None:
+            self.quantized[layer] = result.quantized
 
 
-def _is_meant(name: str, target: str) -> bool:
-    """Return whether a target reaches a layer: a pattern never reaches the head, its name does."""
-    return target == _HEAD if name == _HEAD else fnmatchcase(name, target)
-
-
-def _check_groups(layout: Layout, layer: str, shape: tuple[int, int], place: str) -> None:
-    size, columns = layout.group_size, shape[1]
-    if size is not None and columns % size:
-        dividing = [s for s in (16, 32, 64, 128, 256) if columns % s == 0]
-        hint = f" Sizes that do: {', '.join(map(str, dividing))}." if dividing else ""
-        raise RecipeError(
-            f"{place}: group_size={size} does not divide the {columns} inputs of `{layer}`.{hint} "
-            "Choose another group_size or scheme for it."
-        )
+def _result(
+    action: Action, layer: str, weight_OI: Tensor, inputs: LayerInputs | None
+) -> LayerResult:
+    try:
+        if isinstance(action.method, CalibratedMethod):
+            assert inputs is not None, f"{layer} was not observed"
+            return action.method.apply_calibrated(weight_OI, inputs, action.options)
+        assert isinstance(action.method, WeightMethod), f"{action.name} offers no function"
+        return action.method.apply(weight_OI, action.options)
+    except RecipeError as error:
+        raise RecipeError(f"{action.place}, `{layer}`: {error.message}") from None
 
 
 def _linear_shapes(model: Decoder | Encoder) -> dict[str, tuple[int, int]]:
     shapes = {}
-    head = [_HEAD] if isinstance(model, Decoder) else []
+    head = [HEAD] if isinstance(model, Decoder) else []
     for name in [*_linear_names(model), *head]:
         rows, columns = _weight(model, name).shape
         shapes[name] = (rows, columns)

@@ -8,20 +8,39 @@ import torch
 
 from cluster.config import StrictModel
 from jobs.compression import methods
-from jobs.compression.methods._protocol import LayerResult
+from jobs.compression.inputs import InputSums, LayerInputs
+from jobs.compression.methods._protocol import (
+    CalibratedMethod,
+    LayerResult,
+    Method,
+    Quantizable,
+    ScalingMethod,
+    WeightMethod,
+)
 from jobs.kernels.formats import SCHEMES, Layout
 from jobs.plugins import load_plugin, plugin_names
 
 # Options that make a method do something; a new method adds its own line.
 EXAMPLES: dict[str, list[dict[str, object]]] = {
-    "magnitude": [{"sparsity": 0.0}, {"sparsity": 0.5}],
+    "awq": [{}, {"num_ratios": 3, "observer": "mse"}],
+    "gptq": [
+        {"scheme": scheme, "group_size": 32, "act_order": act_order}
+        for scheme in SCHEMES
+        for act_order in (True, False)
+    ],
+    "magnitude": [{"sparsity": 0.0}, {"sparsity": 0.5}, {"pattern": "2:4"}],
     "rtn": [
         {"scheme": scheme, "group_size": 32, "observer": observer}
         for scheme in SCHEMES
         for observer in ("minmax", "mse")
     ],
+    "smoothquant": [{}, {"strength": 0.8}],
+    "sparsegpt": [{"sparsity": 0.0}, {"sparsity": 0.5}, {"pattern": "2:4"}],
+    "wanda": [{"sparsity": 0.0}, {"sparsity": 0.5}, {"pattern": "2:4"}],
 }
 CASES = [(name, options) for name in plugin_names(methods) for options in EXAMPLES.get(name, [])]
+LAYER_CASES = [(n, o) for n, o in CASES if n not in ("awq", "smoothquant")]
+SCALING_CASES = [(n, o) for n, o in CASES if n in ("awq", "smoothquant")]
 
 
 def load(name: str) -> ModuleType:
@@ -32,26 +51,56 @@ def example_weight() -> torch.Tensor:
     return torch.randn(24, 64, generator=torch.Generator().manual_seed(3)) * 0.02
 
 
+def example_inputs(columns: int = 64) -> LayerInputs:
+    """Inputs of unequal sizes that depend on each other; one is always zero."""
+    draws = torch.Generator().manual_seed(4)
+    mixed_NI = torch.randn(400, columns, generator=draws) @ torch.randn(
+        columns, columns, generator=draws
+    )
+    sizes_I = torch.linspace(0.0, 3.0, columns).exp() - 1
+    sums = InputSums(columns, torch.device("cpu"))
+    sums.add(mixed_NI * sizes_I)
+    return sums.moments()
+
+
+def apply(method: ModuleType, weight_OI: torch.Tensor, options: object) -> LayerResult:
+    if isinstance(method, CalibratedMethod):
+        return method.apply_calibrated(weight_OI, example_inputs(weight_OI.shape[1]), options)
+    assert isinstance(method, WeightMethod)
+    return method.apply(weight_OI, options)
+
+
+def scale(method: ModuleType, weights: list[torch.Tensor], options: object) -> torch.Tensor:
+    assert isinstance(method, ScalingMethod)
+    layers = [Quantizable(weight_OI, Layout("w4a16", 32)) for weight_OI in weights]
+    return method.scale(layers, example_inputs(), options)
+
+
 @pytest.mark.parametrize("name", plugin_names(methods))
 def test_method_when_imported_offers_documented_parts(name: str) -> None:
     method = load(name)
+    assert isinstance(method, Method)
+    offered = [part for part in ("apply", "apply_calibrated", "scale") if hasattr(method, part)]
+    assert len(offered) == 1
     assert inspect.getdoc(method)
     assert issubclass(method.Options, StrictModel)
     assert all(field.description for field in method.Options.model_fields.values())
-    assert all(inspect.getdoc(part) for part in (method.Options, method.layout, method.apply))
+    parts = (method.Options, method.layout, getattr(method, offered[0]))
+    assert all(inspect.getdoc(part) for part in parts)
     assert EXAMPLES.get(name), f"add example options of {name} to this test"
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), LAYER_CASES)
 def test_method_when_applied_gives_the_layout_it_promised(
     name: str, options: dict[str, object]
 ) -> None:
     method = load(name)
     parsed = method.Options.model_validate(options)
-    result: LayerResult = method.apply(example_weight(), parsed)
+    result = apply(method, example_weight(), parsed)
     promised: Layout | None = method.layout(parsed)
     assert result.weight_OI.shape == (24, 64)
     assert result.weight_OI.dtype == torch.float32
+    assert result.weight_OI.isfinite().all()
     if promised is None or promised.scheme == "bf16":
         assert result.quantized is None
     else:
@@ -60,23 +109,51 @@ def test_method_when_applied_gives_the_layout_it_promised(
         assert torch.equal(result.weight_OI, result.quantized.dequantize())
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), LAYER_CASES)
 def test_method_when_applied_leaves_its_input_and_repeats_itself(
     name: str, options: dict[str, object]
 ) -> None:
     method = load(name)
     parsed = method.Options.model_validate(options)
     weight_OI = example_weight()
-    first = method.apply(weight_OI, parsed).weight_OI.clone()
+    first = apply(method, weight_OI, parsed).weight_OI.clone()
     assert torch.equal(weight_OI, example_weight())
-    assert torch.equal(method.apply(weight_OI, parsed).weight_OI, first)
+    assert torch.equal(apply(method, weight_OI, parsed).weight_OI, first)
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), LAYER_CASES)
 def test_method_when_weight_is_zero_keeps_it(name: str, options: dict[str, object]) -> None:
     method = load(name)
-    result = method.apply(torch.zeros(4, 64), method.Options.model_validate(options))
+    result = apply(method, torch.zeros(4, 64), method.Options.model_validate(options))
     assert torch.equal(result.weight_OI, torch.zeros(4, 64))
+
+
+@pytest.mark.parametrize(("name", "options"), SCALING_CASES)
+def test_scaling_method_gives_positive_factors_and_leaves_weights(
+    name: str, options: dict[str, object]
+) -> None:
+    method = load(name)
+    assert method.layout(method.Options()) is None
+    weights = [example_weight(), torch.zeros(4, 64)]
+    scale_I = scale(method, weights, method.Options.model_validate(options))
+    assert scale_I.shape == (64,)
+    assert scale_I.isfinite().all()
+    assert (scale_I > 0).all()
+    assert torch.equal(weights[0], example_weight())
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+def test_pruning_method_when_a_pattern_is_given_keeps_so_many_of_every_group(name: str) -> None:
+    method = load(name)
+    result = apply(method, example_weight(), method.Options(pattern="2:4"))
+    kept_OG = (result.weight_OI.unflatten(1, (-1, 4)) != 0).sum(dim=-1)
+    assert (kept_OG == 2).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"sparsity": 0.5, "pattern": "2:4"}, {"pattern": "4:2"}])
+def test_pruning_options_when_they_contradict_say_what_to_give(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"2:4"):
+        load("wanda").Options.model_validate(options)
 
 
 def test_magnitude_when_half_is_pruned_zeroes_the_smallest_of_each_row() -> None:

@@ -76,7 +76,7 @@ def test_recipe_when_pruned_then_quantized_keeps_the_zeros() -> None:
 
 def test_recipe_when_pruning_follows_quantizing_is_refused() -> None:
     recipe = Recipe(steps=(quantize("w8a8"), prune(0.5, "*q_proj")))
-    with pytest.raises(RecipeError, match=r"step 2 \(magnitude\).*step 1.*Put pruning before"):
+    with pytest.raises(RecipeError, match=r"step 2 \(magnitude\).*step 1.*Put pruning"):
         apply_recipe(build(CONFIG, seed=0), recipe)
 
 
@@ -154,3 +154,92 @@ def test_mse_observer_when_weights_have_outliers_errs_less_than_minmax() -> None
         )
         errors[observer] = float((weight_of(compressed.model, layer) - original).square().sum())
     assert errors["mse"] < 0.95 * errors["minmax"]
+
+
+TEXT = torch.randint(61, (16, 32), generator=torch.Generator().manual_seed(4))
+
+
+def step(method: str, *targets: str, **options: object) -> Step:
+    return Step(method=method, targets=targets or ("*",), options=options)
+
+
+def outputs_error(recipe: Recipe) -> float:
+    """Return how far the logits of other text move."""
+    text = torch.randint(61, (8, 32), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        before = build(CONFIG, seed=0)(text)
+        after = apply_recipe(build(CONFIG, seed=0), recipe, TEXT).model(text)
+    return float((after - before).square().mean())
+
+
+def test_recipe_when_a_method_sees_text_moves_logits_less_than_without() -> None:
+    format_ = {"scheme": "w4a16", "group_size": 32}
+    nearest = outputs_error(Recipe(steps=(step("rtn", **format_),)))
+    made_up = outputs_error(Recipe(steps=(step("gptq", **format_),)))
+    assert made_up < 0.8 * nearest
+
+
+def test_recipe_when_pruned_by_text_then_quantized_keeps_the_zeros() -> None:
+    steps = (step("sparsegpt", sparsity=0.5), step("gptq", scheme="w4a16", group_size=32))
+    compressed = apply_recipe(build(CONFIG, seed=0), Recipe(steps=steps), TEXT)
+    for layer, quantized in compressed.quantized.items():
+        assert (quantized.values_OI == 0).float().mean() >= 0.5, layer
+
+
+def test_recipe_when_inputs_are_scaled_quantizes_the_scaled_weights() -> None:
+    quantized = step("rtn", scheme="w8a8")
+    compressed = apply_recipe(
+        build(CONFIG, seed=0), Recipe(steps=(step("smoothquant"), quantized)), TEXT
+    )
+    norm = compressed.model.get_submodule("model.layers.0.input_layernorm").weight
+    assert not torch.equal(norm, torch.ones_like(norm))
+    with torch.no_grad():
+        logits = build(CONFIG, seed=0)(TEXT)
+    assert outputs_error(compressed.recipe) < 1e-2 * float(logits.var())
+
+
+def test_recipe_when_only_the_head_sees_text_observes_it_after_all_blocks() -> None:
+    recipe = Recipe(steps=(step("gptq", "lm_head", scheme="w8a8"),))
+    done: list[tuple[int, int]] = []
+    compressed = apply_recipe(
+        build(CONFIG, seed=0), recipe, TEXT, lambda now, total: done.append((now, total))
+    )
+    assert list(compressed.quantized) == ["lm_head"]
+    assert done == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ((step("gptq", scheme="w4a16", group_size=32),), r"step 1 \(gptq\).*Give `calibration`"),
+        ((step("awq"), step("rtn", scheme="w8a8")), r"step 1 \(awq\).*Give `calibration`"),
+    ],
+)
+def test_recipe_when_there_is_no_text_says_to_give_some(
+    steps: tuple[Step, ...], words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        apply_recipe(build(CONFIG, seed=0), Recipe(steps=steps))
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ((step("awq"),), r"step 1 \(awq\) prepares .* no later step.*rtn or gptq"),
+        ((quantize("w4a16"), step("awq")), r"step 2 \(awq\).*step 1 has quantized"),
+        (
+            (quantize("w4a16", "*v_proj"), step("awq", "*o_proj"), quantize("w4a16", "*o_proj")),
+            r"step 2 \(awq\).*v_proj.*step 1 has quantized",
+        ),
+        (
+            (step("smoothquant", "lm_head"), quantize("w8a8", "lm_head")),
+            "nothing can scale.*`lm_head`",
+        ),
+        ((step("wanda", pattern="3:5"),), r"step 1 \(wanda\), `model.*3:5 does not divide 64"),
+    ],
+)
+def test_recipe_when_a_step_cannot_be_applied_says_which_and_why(
+    steps: tuple[Step, ...], words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        apply_recipe(build(CONFIG, seed=0), Recipe(steps=steps), TEXT)

@@ -1,15 +1,17 @@
-"""What a compression method offers: options, the format it leads to, and its work on one layer.
+"""What a compression method offers: options, the format it leads to, and its work on layers.
 
-Adding a method is adding a file beside this one with these three names.
+Adding a method is adding a file beside this one with `Options`, `layout` and one of three
+functions, by what it has to see: `apply`, `apply_calibrated` or `scale`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from cluster.config import StrictModel
+from jobs.compression.inputs import LayerInputs
 from jobs.kernels.formats import Layout, QuantizedWeight
 
 
@@ -21,14 +23,49 @@ class LayerResult:
     quantized: QuantizedWeight | None = None
 
 
-class Method(Protocol):
-    """A plug-in: `Options`, `layout(options)` and `apply(weight_OI, options)`.
+@dataclass(frozen=True)
+class Quantizable:
+    """A layer whose input may be scaled, and the format a later step of the recipe gives it."""
 
-    `layout` is the format a layer has afterwards, or None if the method leaves it as it is
-    (pruning). `apply` takes a float32 weight, never changes it in place, and gives a LayerResult
-    whose weight is what the compressed form stands for.
+    weight_OI: Tensor  # noqa: N815
+    layout: Layout
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A plug-in: `Options`, `layout(options)`, and one of the functions below.
+
+    `layout` is the format a layer has afterwards, or None if the method leaves it as it is. Methods
+    take float32 weights and never change them in place.
     """
 
     Options: type[StrictModel]
     layout: Callable[[Any], Layout | None]
+
+
+@runtime_checkable
+class WeightMethod(Method, Protocol):
+    """Sees one weight alone: `apply(weight_OI, options)`."""
+
     apply: Callable[[Tensor, Any], LayerResult]
+
+
+@runtime_checkable
+class CalibratedMethod(Method, Protocol):
+    """Sees what text feeds the layer, too: `apply_calibrated(weight_OI, inputs, options)`.
+
+    Raises RecipeError where the inputs do not determine an answer; the caller names the layer.
+    """
+
+    apply_calibrated: Callable[[Tensor, LayerInputs, Any], LayerResult]
+
+
+@runtime_checkable
+class ScalingMethod(Method, Protocol):
+    """Finds factors scale_I by which layers that share an input divide it, to round better.
+
+    `scale(layers, inputs, options)`. The model computes the same: weights take the factors, what
+    makes the input is divided by them.
+    """
+
+    scale: Callable[[Sequence[Quantizable], LayerInputs, Any], Tensor]

@@ -1,0 +1,114 @@
+"""Calibration text on its way through a decoder, one block at a time.
+
+Takes a decoder and token ids; gives what the text feeds the linear layers of the block it has
+reached, and moves on through that block as it is by then: what was compressed before is what later
+blocks see. In memory are one block's sums and one state a token, on disk beyond a limit. It does
+not know what is done to the layers.
+
+N sequences, T tokens, B sequences at a time, C hidden width
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from cluster.storage import GIB
+from jobs.compression.inputs import InputSums, LayerInputs
+from jobs.models.decoder import Decoder
+
+_TOKENS_AT_ONCE = 4096
+_MEMORY_BYTES = 2 * GIB
+
+
+class CalibrationPass:
+    """The text's hidden states before a block; a context manager, since they may lie on disk."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokens_NT: Tensor,
+        *,
+        memory_bytes: int = _MEMORY_BYTES,
+        folder: Path | None = None,
+    ) -> None:
+        """Embed the text. States of more than `memory_bytes` go to a file in `folder`."""
+        assert tokens_NT.ndim == 2, f"expected [N, T] token ids, found {tuple(tokens_NT.shape)}"
+        self._model, self._block = model, 0
+        self._stack = ExitStack()
+        self._device = model.model.embed_tokens.weight.device
+        num_sequences, length = tokens_NT.shape
+        self._batch = max(1, _TOKENS_AT_ONCE // length)
+        shape = (num_sequences, length, model.config.hidden_size)
+        self._states_NTC = self._allocate(shape, memory_bytes, folder)
+        positions_1T = torch.arange(length, device=self._device)[None]
+        with torch.inference_mode():
+            self._rotation = model.rotary(positions_1T, torch.float32)
+            for rows, states_BTC in self._batches(tokens_NT):
+                states_BTC.copy_(model.model.embed_tokens(rows.to(self._device, torch.long)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def observe(self, layers: Sequence[str]) -> dict[str, LayerInputs]:
+        """Return what the text feeds these layers of the block that it has reached, or the head."""
+        with ExitStack() as hooks:
+            sums = {layer: self._watch(layer, hooks) for layer in layers}
+            for _ in self._through():
+                pass
+        return {layer: found.moments() for layer, found in sums.items()}
+
+    def advance(self) -> None:
+        """Move on through the block, as it is now."""
+        for states_BTC, after_BTC in self._through():
+            states_BTC.copy_(after_BTC)
+        self._block += 1
+
+    def _through(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give the states before and after the block; after the last block, the head is asked."""
+        layers = self._model.model.layers
+        with torch.inference_mode():
+            for _, states_BTC in self._batches(self._states_NTC):
+                h_BTC = states_BTC.to(self._device)
+                if self._block < len(layers):
+                    yield states_BTC, layers[self._block](h_BTC, *self._rotation)
+                else:
+                    self._model.head(self._model.model.norm(h_BTC))
+                    yield states_BTC, states_BTC
+
+    def _watch(self, layer: str, hooks: ExitStack) -> InputSums:
+        module = self._model.get_submodule(layer)
+        assert isinstance(module, nn.Linear), f"{layer} is no dense layer"
+        sums = InputSums(module.in_features, self._device)
+        handle = module.register_forward_pre_hook(
+            lambda _, inputs: sums.add(inputs[0].flatten(0, -2))
+        )
+        hooks.callback(handle.remove)
+        return sums
+
+    def _batches(self, tensor_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give rows of a tensor with the states of the same sequences."""
+        return zip(tensor_N.split(self._batch), self._states_NTC.split(self._batch), strict=True)
+
+    def _allocate(
+        self, shape: tuple[int, int, int], memory_bytes: int, folder: Path | None
+    ) -> Tensor:
+        num_values = shape[0] * shape[1] * shape[2]
+        if 4 * num_values <= memory_bytes:
+            return torch.empty(shape, device=self._device)
+        temporary = self._stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
+        path = str(Path(temporary) / "states")
+        return torch.from_file(path, shared=True, size=num_values).view(shape)

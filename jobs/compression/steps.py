@@ -1,0 +1,152 @@
+"""A recipe's steps, checked against a model's layers before any weight is touched.
+
+Takes a recipe and the shapes of linear layers; gives actions: which method with which options on
+which layers. It does not know how a method works, nor when its turn comes.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import cast
+
+from cluster.config import StrictModel, parse_config
+from cluster.errors import ConfigError, RecipeError
+from jobs.compression import methods
+from jobs.compression.methods._protocol import CalibratedMethod, Method, ScalingMethod
+from jobs.compression.shared_inputs import HEAD, group_of
+from jobs.config import Recipe
+from jobs.kernels.formats import Layout
+from jobs.plugins import load_plugin
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Action:
+    """One step, resolved."""
+
+    number: int
+    name: str
+    method: Method
+    options: StrictModel
+    layout: Layout | None
+    layers: tuple[str, ...]
+
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+        return f"step {self.number} ({self.name})"
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the method has to see what text feeds the layers."""
+        return isinstance(self.method, CalibratedMethod | ScalingMethod)
+
+
+def resolve(recipe: Recipe, shapes: Shapes) -> list[Action]:
+    """Return the actions of a recipe on a model with linear layers of these shapes.
+
+    Raises RecipeError for a target that matches no layer, a group size that does not divide, a
+    method or option that does not exist, a change of weights that are quantized already, and
+    scaling for a format that no later step gives.
+    """
+    actions: list[Action] = []
+    quantized_by: dict[str, int] = {}
+    for number, step in enumerate(recipe.steps, start=1):
+        action = _action(number, step.method, step.targets, step.options, shapes)
+        for layer in _changed_layers(action):
+            if action.layout is None and layer in quantized_by:
+                raise RecipeError(
+                    f"{action.place} changes the weights of `{layer}`, which step "
+                    f"{quantized_by[layer]} has quantized. Put pruning and scaling before "
+                    "quantizing."
+                )
+        for layer in action.layers:
+            if action.layout is not None:
+                _check_groups(action.layout, layer, shapes[layer], action.place)
+                quantized_by[layer] = number
+        actions.append(action)
+    _check_scaling(actions)
+    return actions
+
+
+def final_layouts(actions: Sequence[Action]) -> dict[str, Action]:
+    """Return the action that decides each layer's format."""
+    return {layer: action for action in actions if action.layout for layer in action.layers}
+
+
+def _action(
+    number: int,
+    name: str,
+    targets: tuple[str, ...],
+    options: Mapping[str, object],
+    shapes: Shapes,
+) -> Action:
+    place = f"step {number} ({name})"
+    try:
+        method = cast(Method, load_plugin(methods, name, what="compression method"))
+        parsed = parse_config(method.Options, dict(options), f"options of {place}")
+    except ConfigError as error:
+        raise RecipeError(str(error)) from None
+    layers = tuple(_matching(targets, list(shapes), place))
+    return Action(number, name, method, parsed, method.layout(parsed), layers)
+
+
+def _changed_layers(action: Action) -> Iterator[str]:
+    """Give the layers whose weights an action changes: scaling reaches those around its own."""
+    if not isinstance(action.method, ScalingMethod):
+        yield from action.layers
+        return
+    for layer in action.layers:
+        group = None if layer == HEAD else group_of(layer)
+        if group is None:
+            raise RecipeError(
+                f"{action.place}: nothing can scale the input of `{layer}`. Take it out of "
+                "`targets`; scaling is for linear layers of a decoder's blocks."
+            )
+        yield from group.layers
+        yield group.producer
+
+
+def _check_scaling(actions: Sequence[Action]) -> None:
+    final = final_layouts(actions)
+    for action in actions:
+        if not isinstance(action.method, ScalingMethod):
+            continue
+        for layer in action.layers:
+            decided = final.get(layer)
+            if decided is None or decided.number < action.number:
+                raise RecipeError(
+                    f"{action.place} prepares `{layer}` for a format that no later step gives it. "
+                    "Add a step that quantizes it, such as rtn or gptq."
+                )
+
+
+def _matching(targets: tuple[str, ...], names: list[str], place: str) -> Iterator[str]:
+    for target in targets:
+        if not any(_is_meant(name, target) for name in names):
+            close = difflib.get_close_matches(target, names, n=3) or names[:3]
+            raise RecipeError(
+                f"{place}: target `{target}` matches no linear layer of this model. "
+                f"Close names: {', '.join(close)}. Patterns are globs over such names."
+            )
+    for name in names:
+        if any(_is_meant(name, target) for target in targets):
+            yield name
+
+
+def _is_meant(name: str, target: str) -> bool:
+    """Return whether a target reaches a layer: a pattern never reaches the head, its name does."""
+    return target == HEAD if name == HEAD else fnmatchcase(name, target)
+
+
+def _check_groups(layout: Layout, layer: str, shape: tuple[int, int], place: str) -> None:
+    size, columns = layout.group_size, shape[1]
+    if size is not None and columns % size:
+        dividing = [s for s in (16, 32, 64, 128, 256) if columns % s == 0]
+        hint = f" Sizes that do: {', '.join(map(str, dividing))}." if dividing else ""
+        raise RecipeError(
+            f"{place}: group_size={size} does not divide the {columns} inputs of `{layer}`.{hint} "
+            "Choose another group_size or scheme for it."
+        )

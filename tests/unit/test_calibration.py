@@ -1,0 +1,162 @@
+"""Calibration: what the text feeds each layer, block by block, in memory or on disk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jobs.compression.calibration import CalibrationPass
+from jobs.compression.inputs import LayerInputs
+from jobs.compression.shared_inputs import (
+    HEAD,
+    divide_input,
+    feasible_scale,
+    group_of,
+    shared_inputs,
+)
+from jobs.config import DecoderConfig
+from jobs.models.decoder import Decoder, build, linear_names
+
+CONFIG = DecoderConfig(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2
+)
+LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+
+
+def example_model(**changes: object) -> Decoder:
+    model = build(CONFIG.replace(**changes), seed=1)
+    draws = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm.weight", ".bias")):
+                parameter.add_(torch.rand(parameter.shape, generator=draws))
+    return model
+
+
+def example_text(sequences: int = 7, length: int = 1500) -> Tensor:
+    draws = torch.Generator().manual_seed(3)
+    return torch.randint(CONFIG.vocab_size, (sequences, length), generator=draws)
+
+
+def whole_pass(model: Decoder, text_NT: Tensor) -> dict[str, LayerInputs]:
+    """Return every layer's moments from a plain forward pass that keeps all inputs."""
+    seen: dict[str, Tensor] = {}
+    for name in [*linear_names(model), HEAD]:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.__setitem__(name, inputs[0].flatten(0, -2))
+        )
+    with torch.no_grad():
+        model(text_NT)
+    return {
+        name: LayerInputs(
+            x_NI.T @ x_NI / len(x_NI), x_NI.abs().mean(0), x_NI.abs().amax(0), len(x_NI)
+        )
+        for name, x_NI in seen.items()
+    }
+
+
+def assert_alike(found: LayerInputs, expected: LayerInputs) -> None:
+    assert found.num_tokens == expected.num_tokens
+    torch.testing.assert_close(found.gram_II, expected.gram_II, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.mean_abs_I, expected.mean_abs_I, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.max_abs_I, expected.max_abs_I, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory_bytes", [2**30, 0])
+def test_calibration_in_memory_and_on_disk_sees_what_a_whole_pass_sees(
+    tmp_path: Path, memory_bytes: int
+) -> None:
+    text_NT = example_text(length=40)
+    expected = whole_pass(example_model(), text_NT)
+    with CalibrationPass(
+        example_model(), text_NT, memory_bytes=memory_bytes, folder=tmp_path
+    ) as text:
+        assert bool(list(tmp_path.iterdir())) is (memory_bytes == 0)
+        for block in range(CONFIG.num_layers):
+            names = [f"model.layers.{block}.{layer}" for layer in LAYERS]
+            for name, found in text.observe(names).items():
+                assert_alike(found, expected[name])
+            text.advance()
+        assert_alike(text.observe([HEAD])[HEAD], expected[HEAD])
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_when_text_goes_in_several_batches_sees_all_of_it() -> None:
+    model, text_NT = example_model(max_seq_len=2000), example_text()
+    name = "model.layers.0.mlp.down_proj"
+    with CalibrationPass(model, text_NT) as text:
+        found = text.observe([name])[name]
+    assert found.num_tokens == text_NT.numel()
+    assert_alike(found, whole_pass(example_model(max_seq_len=2000), text_NT)[name])
+
+
+def test_calibration_when_a_block_was_changed_shows_later_blocks_what_it_makes_now() -> None:
+    text_NT = example_text(length=40)
+    changed = example_model()
+    with torch.no_grad():
+        changed.get_submodule("model.layers.0.mlp.down_proj").weight.mul_(3.0)
+    model = example_model()
+    name = "model.layers.1.mlp.down_proj"
+    with CalibrationPass(model, text_NT) as text:
+        text.observe(["model.layers.0.self_attn.q_proj"])
+        with torch.no_grad():
+            model.get_submodule("model.layers.0.mlp.down_proj").weight.mul_(3.0)
+        text.advance()
+        assert_alike(text.observe([name])[name], whole_pass(changed, text_NT)[name])
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_scaling_any_groups_input_changes_no_logits(shape: str, num_kv_heads: int) -> None:
+    text_NT = example_text(sequences=2, length=12)
+    changes = {"shape": shape, "num_kv_heads": num_kv_heads}
+    model, same = example_model(**changes), example_model(**changes)
+    draws = torch.Generator().manual_seed(5)
+    for block in range(CONFIG.num_layers):
+        for group in shared_inputs(block):
+            linear = model.get_submodule(group.layers[0])
+            assert isinstance(linear, nn.Linear)
+            wanted_I = torch.rand(linear.in_features, generator=draws).mul(2).exp()
+            scale_I = feasible_scale(model, group, wanted_I)
+            before_OI = linear.weight.detach().clone()
+            divide_input(model, group, scale_I)
+            torch.testing.assert_close(linear.weight.detach(), before_OI * scale_I)
+    torch.testing.assert_close(model(text_NT), same(text_NT), rtol=1e-4, atol=1e-4)
+
+
+def test_feasible_scale_when_heads_share_values_is_the_mean_of_theirs() -> None:
+    model = example_model(num_kv_heads=2)
+    group = shared_inputs(0)[1]
+    wanted_HD = torch.tensor([1.0, 4.0, 9.0, 1.0])[:, None].expand(4, 8)
+    scale_HD = feasible_scale(model, group, wanted_HD.flatten()).view(4, 8)
+    torch.testing.assert_close(scale_HD[:, 0], torch.tensor([2.0, 2.0, 3.0, 3.0]))
+    assert torch.equal(feasible_scale(model, shared_inputs(0)[0], wanted_HD), wanted_HD)
+
+
+def test_group_of_every_linear_layer_is_one_of_its_blocks() -> None:
+    for name in linear_names(example_model()):
+        group = group_of(name)
+        assert group is not None
+        assert name in group.layers
+    assert group_of(HEAD) is None
+
+
+def test_moments_when_inputs_are_divided_are_those_of_the_divided_inputs() -> None:
+    model, text_NT = example_model(), example_text(length=40)
+    group = shared_inputs(0)[2]
+    scale_I = torch.linspace(0.5, 3.0, CONFIG.hidden_size)
+    with CalibrationPass(model, text_NT) as text:
+        before = text.observe([group.layers[0]])[group.layers[0]]
+        divide_input(model, group, scale_I)
+        after = text.observe([group.layers[0]])[group.layers[0]]
+    assert_alike(before.divided_by(scale_I), after)
+
+
+def test_squared_error_is_that_of_the_outputs() -> None:
+    draws = torch.Generator().manual_seed(6)
+    x_NI, difference_OI = torch.randn(50, 8, generator=draws), torch.randn(5, 8, generator=draws)
+    inputs = LayerInputs(x_NI.T @ x_NI / 50, x_NI.abs().mean(0), x_NI.abs().amax(0), 50)
+    expected = (x_NI @ difference_OI.T).square().sum() / 50
+    torch.testing.assert_close(inputs.squared_error(difference_OI), expected)
