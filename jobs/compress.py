@@ -9,14 +9,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import Progress
+
 from cluster.errors import VersionExistsError
 from cluster.storage import MANIFEST, resolve_output, staged_directory, verify_directory
 from jobs.compression.encoders import save_encoder
 from jobs.compression.packing import copy_companions, save_compressed
-from jobs.compression.recipe import apply_recipe, layouts, predicted_bytes
+from jobs.compression.recipe import (
+    Compressed,
+    apply_recipe,
+    layouts,
+    needs_text,
+    predicted_bytes,
+)
+from jobs.compression.text import open_text, read_text
 from jobs.config import CompressConfig, DecoderConfig, Recipe
 from jobs.entry import Job, Rows, run_job
 from jobs.models import _hf, decoder, encoder
+from jobs.models.decoder import Decoder
 from jobs.models.encoder import EncoderConfig, is_encoder
 from jobs.registry import find_model
 
@@ -29,9 +40,8 @@ def compress(config: CompressConfig) -> Path:
     """
     source, target = _paths(config)
     shape = _shape(source)
-    predicted = predicted_bytes(
-        shape, config.recipe
-    )  # A wrong recipe fails before weights are read.
+    # A wrong recipe fails before weights are read.
+    predicted = predicted_bytes(shape, config.recipe)
     parent = _parent(source)
     manifest = {
         "kind": "model",
@@ -48,9 +58,25 @@ def compress(config: CompressConfig) -> Path:
             copy_companions(source, staging)
             save_encoder(apply_recipe(encoder.load(source), config.recipe), staging)
         else:
-            save_compressed(apply_recipe(decoder.load(source), config.recipe), staging)
+            save_compressed(_apply(config, source, shape), staging)
             copy_companions(source, staging)
     return target
+
+
+def _apply(config: CompressConfig, source: Path, shape: DecoderConfig) -> Compressed[Decoder]:
+    """Apply the recipe with its text, if it needs any, and show how far it is."""
+    has_text = config.calibration is not None
+    text_NT = None
+    if needs_text(shape, config.recipe, has_text=has_text) and config.calibration is not None:
+        text_NT = read_text(config.calibration, source, shape)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("compressing", total=None)
+        return apply_recipe(
+            decoder.load(source),
+            config.recipe,
+            text_NT,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
 
 
 def plan_rows(config: CompressConfig) -> Rows:
@@ -61,10 +87,18 @@ def plan_rows(config: CompressConfig) -> Rows:
     small_bytes = predicted_bytes(shape, config.recipe)
     schemes = [layout.scheme for layout in layouts(shape, config.recipe).values()]
     counts = ", ".join(f"{schemes.count(s)} {s}" for s in sorted(set(schemes)))
+    text = config.calibration
+    if needs_text(shape, config.recipe, has_text=text is not None) and text is not None:
+        assert isinstance(shape, DecoderConfig), "encoders need no text"
+        split = open_text(text, source, shape)
+        calibration = f"{text.num_sequences} sequences of {text.seq_len} tokens of {split.folder}"
+    else:
+        calibration = "no text is needed"
     return [
         ("model", str(source)),
         ("output", str(target)),
         ("linear layers", counts),
+        ("calibration", calibration),
         ("weights, bytes", f"{small_bytes:,}"),
         ("share of bf16", f"{small_bytes / dense_bytes:.1%}"),
     ]

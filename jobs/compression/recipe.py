@@ -70,17 +70,26 @@ def apply_recipe(
     method that needs text where there is none or no decoder, and inputs that determine no answer.
     """
     actions = resolve(recipe, _linear_shapes(model))
+    _check_text(actions, model, has_text=text_NT is not None)
     work = _Work(model, final_layouts(actions))
     if not isinstance(model, Decoder):
-        _refuse(actions, "an encoder is no decoder, whose blocks it knows. Use rtn")
         work.run(actions, _linear_names(model), None)
         return Compressed(model, work.quantized, recipe)
-    if text_NT is None:
-        _refuse(actions, "it has to see text. Give `calibration`, or use rtn or magnitude")
     if any(HEAD in action.layers for action in actions):
         model.untie()
     _go_through(model, actions, work, text_NT, progress)
     return Compressed(model, work.quantized, recipe)
+
+
+def needs_text(config: DecoderConfig | EncoderConfig, recipe: Recipe, *, has_text: bool) -> bool:
+    """Return whether a step has to see text, without touching weights.
+
+    Raises RecipeError for whatever `apply_recipe` would refuse before it computes.
+    """
+    model = _without_weights(config)
+    actions = resolve(recipe, _linear_shapes(model))
+    _check_text(actions, model, has_text=has_text)
+    return any(action.needs_text for action in actions)
 
 
 def layouts(config: DecoderConfig | EncoderConfig, recipe: Recipe) -> dict[str, Layout]:
@@ -112,9 +121,14 @@ def predicted_bytes(config: DecoderConfig | EncoderConfig, recipe: Recipe) -> in
     return 2 * (num_all - num_linear) + linear_bytes
 
 
-def _refuse(actions: Sequence[Action], why: str) -> None:
+def _check_text(actions: Sequence[Action], model: Decoder | Encoder, *, has_text: bool) -> None:
+    why = None
+    if not isinstance(model, Decoder):
+        why = "the model is an encoder, and it knows the blocks of decoders. Use rtn"
+    elif not has_text:
+        why = "it has to see text. Give `calibration`, or use rtn or magnitude"
     for action in actions:
-        if action.needs_text:
+        if action.needs_text and why is not None:
             raise RecipeError(f"{action.place} cannot be applied: {why}.")
 
 

@@ -3,7 +3,15 @@
 The relations between fields are checked here; whether the work fits a machine is the planner's.
 """
 
-from jobs.config.compression import CompressConfig, EvaluateConfig, GateConfig, Recipe, Scheme, Step
+from jobs.config.compression import (
+    CalibrationConfig,
+    CompressConfig,
+    EvaluateConfig,
+    GateConfig,
+    Recipe,
+    Scheme,
+    Step,
+)
 from jobs.config.model import DecoderConfig, ModelConfig, RopeScaling, Shape
 from jobs.config.pipeline import PipelineConfig
 from jobs.config.search import Rung, SearchConfig
@@ -20,6 +28,7 @@ from jobs.config.training import (
 
 __all__ = [
     "MIN_PARITY",
+    "CalibrationConfig",
     "CompressConfig",
     "DataConfig",
     "DecoderConfig",

@@ -12,7 +12,7 @@ Scheme = Literal["bf16", "w8a8", "fp8", "w4a16", "w4a8"]
 class Step(StrictModel):
     """One step of a compression recipe."""
 
-    method: str = Field(description="Plug-in in jobs/compression/methods: rtn, magnitude.")
+    method: str = Field(description="Plug-in in jobs/compression/methods: rtn, gptq, ...")
     targets: tuple[str, ...] = Field(
         ("*",), min_length=1, description="Glob patterns over names of linear layers."
     )
@@ -25,6 +25,15 @@ class Recipe(StrictModel):
     steps: tuple[Step, ...] = Field((), description="Applied in this order; none: bf16 copy.")
 
 
+class CalibrationConfig(StrictModel):
+    """Text that methods see which look at what feeds a layer; from the training split."""
+
+    data: str = Field(description="Folder of packed shards, as a training run wrote it.")
+    num_sequences: int = Field(128, ge=1, description="Sequences that go through the model.")
+    seq_len: int = Field(256, ge=2, description="Tokens of one of them.")
+    seed: int = Field(0, description="Seed of which ones.")
+
+
 class CompressConfig(StrictModel):
     """Apply one recipe to one model."""
 
@@ -32,6 +41,9 @@ class CompressConfig(StrictModel):
     registry: str = Field("runs/registry", description="Folder of the registry.")
     output: str = Field(description="Directory to write; must not exist.")
     recipe: Recipe = Field(Recipe(), description="What is done to it.")
+    calibration: CalibrationConfig | None = Field(
+        None, description="Text for gptq, awq, smoothquant, wanda and sparsegpt; others need none."
+    )
 
 
 class GateConfig(StrictModel):

@@ -67,6 +67,16 @@ class TokenSplit:
             self._read(index * seq_len, row)
         return rows
 
+    def sample(self, num_sequences: int, seq_len: int, seed: int) -> np.ndarray:
+        """Return int64 tokens [num_sequences, seq_len + 1] of a seeded draw from the split.
+
+        A larger `num_sequences` extends a smaller one's. Neighbours come from one document and say
+        the same twice, so none are sought.
+        """
+        order = np.random.default_rng(seed).permutation(self.num_sequences(seq_len))
+        assert num_sequences <= len(order), f"{num_sequences} of {len(order)} sequences"
+        return self.sequences(order[:num_sequences], seq_len)
+
     def _read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` with the tokens from `start` on, across shard borders."""
         filled = 0

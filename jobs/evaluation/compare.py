@@ -7,9 +7,6 @@ manifest. It does not know why the model is evaluated or who publishes it.
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cluster.errors import ConfigError, ModelFormatError
 from cluster.storage import MANIFEST, resolve_output, verify_directory, write_manifest
 from jobs.compression.packing import LoadedModel, load_model
@@ -84,18 +81,6 @@ def plan_rows(config: EvaluateConfig) -> list[tuple[str, str]]:
     ]
 
 
-def held_out_sequences(
-    split: TokenSplit, num_sequences: int, seq_len: int, seed: int
-) -> NDArray[np.int64]:
-    """Return the same sequences [n, seq_len + 1] for every model: a seeded draw from the split.
-
-    A larger `num_sequences` extends a smaller one's. They are drawn from all over the split, since
-    neighbours come from one document and say the same twice.
-    """
-    order = np.random.default_rng(seed).permutation(split.num_sequences(seq_len))
-    return split.sequences(order[:num_sequences], seq_len)
-
-
 def time_beside(loaded: LoadedModel, base: LoadedModel) -> tuple[Latency, Latency]:
     """Time decoding of both models in turns, one sequence behind 128 tokens if they hold that."""
     longest = min(loaded.config.max_seq_len, base.config.max_seq_len)
@@ -116,7 +101,7 @@ def _measure(
     config: EvaluateConfig, split: TokenSplit, loaded: LoadedModel, base: LoadedModel
 ) -> Measurement:
     gate = config.gate
-    sequences = held_out_sequences(split, gate.eval_sequences, config.seq_len, gate.seed)
+    sequences = split.sample(gate.eval_sequences, config.seq_len, gate.seed)
     return Measurement.from_losses(
         sequence_losses(base.model, sequences),
         sequence_losses(loaded.model, sequences),

@@ -17,7 +17,7 @@ from jobs.compression.packing import load_model, save_compressed
 from jobs.compression.recipe import apply_recipe, predicted_bytes
 from jobs.config import Recipe
 from jobs.data.tokens import Split, open_split
-from jobs.evaluation.compare import held_out_sequences, time_beside, weight_file_bytes
+from jobs.evaluation.compare import time_beside, weight_file_bytes
 from jobs.evaluation.quality import sequence_losses
 from jobs.models import decoder
 from jobs.search.rungs import Result
@@ -84,7 +84,7 @@ def _score_packed(spec: TrialSpec) -> Result:
 
 def _sequences(spec: TrialSpec) -> NDArray[np.int64]:
     split = open_split(spec.data, spec.split, verify=False)  # checked once, by the plan
-    return held_out_sequences(split, spec.num_sequences, spec.seq_len, spec.seed)
+    return split.sample(spec.num_sequences, spec.seq_len, spec.seed)
 
 
 def _pack(spec: TrialSpec, target: Path) -> None:

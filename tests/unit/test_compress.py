@@ -1,16 +1,24 @@
 """The main that applies one recipe to one model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from cluster.errors import IntegrityError, ModelNotFoundError, RecipeError, VersionExistsError
+from cluster.errors import (
+    DataError,
+    IntegrityError,
+    ModelNotFoundError,
+    RecipeError,
+    VersionExistsError,
+)
 from cluster.storage import staged_directory, verify_directory
 from jobs.compress import compress, main, plan_rows
 from jobs.compression.packing import load_model
-from jobs.config import CompressConfig, DecoderConfig, Recipe, Step
+from jobs.config import CalibrationConfig, CompressConfig, DecoderConfig, Recipe, Step
+from jobs.data.tokens import open_split
 from jobs.models.decoder import build, save
 
 CONFIG = DecoderConfig(
@@ -102,3 +110,71 @@ def test_main_when_given_json_prints_the_result(
 def test_compressed_model_when_run_gives_finite_logits(source: Path) -> None:
     model = load_model(compress(config_for(source))).model
     assert bool(torch.isfinite(model(torch.tensor([[1, 2, 3]]))).all())
+
+
+def calibrated(source: Path, data: Path, **calibration: object) -> CompressConfig:
+    recipe = Recipe(steps=(Step(method="gptq", options={"scheme": "w4a16", "group_size": 32}),))
+    return config_for(source, recipe).replace(
+        calibration=CalibrationConfig.model_validate(
+            {"data": str(data), "num_sequences": 4, "seq_len": 16, **calibration}
+        )
+    )
+
+
+@pytest.fixture
+def speaker(tmp_path: Path, tiny_data: Path) -> Path:
+    """A model with the tokenizer of the prepared text."""
+    target = tmp_path / "dense"
+    vocab_size = open_split(tiny_data, "train").vocab_size
+    with staged_directory(target, {"kind": "model"}) as staging:
+        save(build(CONFIG.replace(vocab_size=vocab_size), seed=0), staging)
+        shutil.copyfile(tiny_data / "tokenizer" / "tokenizer.json", staging / "tokenizer.json")
+    return target
+
+
+def test_compress_when_a_method_sees_text_writes_what_it_found(
+    speaker: Path, tiny_data: Path
+) -> None:
+    config = calibrated(speaker, tiny_data)
+    assert dict(plan_rows(config))["calibration"].startswith("4 sequences of 16 tokens")
+    loaded = load_model(compress(config))
+    assert loaded.schemes["model.layers.0.mlp.up_proj"] == "w4a16"
+
+
+@pytest.mark.parametrize(
+    ("calibration", "words"),
+    [
+        ({"num_sequences": 10**6}, r"`calibration.num_sequences` = 1000000 .* has \d+ of"),
+        ({"seq_len": 513}, r"`calibration.seq_len` = 513 exceeds the model's 512"),
+    ],
+)
+def test_compress_when_text_does_not_suffice_says_so_in_the_plan(
+    speaker: Path, tiny_data: Path, calibration: dict[str, object], words: str
+) -> None:
+    config = calibrated(speaker, tiny_data, **calibration)
+    for act in (plan_rows, compress):
+        with pytest.raises(DataError, match=words):
+            act(config)
+    assert not Path(config.output).exists()
+
+
+def test_compress_when_text_is_of_another_tokenizer_is_refused(
+    speaker: Path, tiny_data: Path
+) -> None:
+    path = speaker / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["model"]["vocab"] = dict(reversed(document["model"]["vocab"].items()))
+    first, second = list(document["model"]["vocab"])[:2]
+    vocab = document["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    path.write_text(json.dumps(document))
+    with pytest.raises(DataError, match="tokenized by another tokenizer"):
+        plan_rows(calibrated(speaker, tiny_data))
+
+
+def test_compress_when_a_method_needs_text_and_none_is_given_says_so_in_the_plan(
+    source: Path,
+) -> None:
+    recipe = Recipe(steps=(Step(method="wanda", options={"sparsity": 0.5}),))
+    with pytest.raises(RecipeError, match=r"step 1 \(wanda\).*Give `calibration`"):
+        plan_rows(config_for(source, recipe))
