@@ -18,7 +18,16 @@ from cluster.storage import GIB, MANIFEST, verify_directory
 from jobs.compression import quantization_config
 from jobs.compression.recipe import Compressed
 from jobs.config import DecoderConfig
-from jobs.kernels.formats import CHANNELED, Layout, QuantizedWeight, Scheme, pack_int4, unpack_int4
+from jobs.kernels.formats import (
+    CHANNELED,
+    PACKED_BITS,
+    Layout,
+    QuantizedWeight,
+    Scheme,
+    num_words,
+    pack_values,
+    unpack_values,
+)
 from jobs.kernels.linear import build_linear, resident_bytes
 from jobs.models import _hf, _weights
 from jobs.models.decoder import Decoder
@@ -122,7 +131,7 @@ def read_quantized(
         dtype = CHANNELED[layout.scheme]
         values_OI = _take(tensors, f"{layer}.weight", shape, layout, dtype)
     else:
-        width = -(-columns // 8)
+        width = num_words(columns, PACKED_BITS[layout.scheme])
         packed_OW = _take(tensors, f"{layer}.weight_packed", (rows, width), layout, torch.int32)
         stored_shape = _take(tensors, f"{layer}.weight_shape", (2,), layout, None)
         if tuple(stored_shape.tolist()) != shape:
@@ -130,7 +139,7 @@ def read_quantized(
                 f"`{layer}.weight_shape` is {stored_shape.tolist()}, and the config asks for "
                 f"{list(shape)}."
             )
-        values_OI = unpack_int4(packed_OW, columns)
+        values_OI = unpack_values(packed_OW, columns, PACKED_BITS[layout.scheme])
     return QuantizedWeight(layout.scheme, values_OI, scale_OG.float(), layout.group_size)
 
 
@@ -154,7 +163,7 @@ def stored(weight: QuantizedWeight) -> dict[str, Tensor]:
     if weight.scheme in CHANNELED:
         return {"weight": weight.values_OI, "weight_scale": scale_OG}
     return {
-        "weight_packed": pack_int4(weight.values_OI),
+        "weight_packed": pack_values(weight.values_OI, PACKED_BITS[weight.scheme]),
         "weight_scale": scale_OG,
         "weight_shape": torch.tensor(weight.values_OI.shape, dtype=torch.int64),
     }

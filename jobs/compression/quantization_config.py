@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cluster.errors import ModelFormatError
-from jobs.kernels.formats import CHANNELED, Layout, Scheme
+from jobs.kernels.formats import CHANNELED, PACKED_BITS, Layout, Scheme
 
 KEY = "quantization_config"
 _FORMATS: dict[Scheme, str] = {
@@ -18,6 +18,7 @@ _FORMATS: dict[Scheme, str] = {
     "fp8": "float-quantized",
     "w4a16": "pack-quantized",
     "w4a8": "pack-quantized",
+    "w3a16": "pack-quantized",
 }
 _PRESETS = {
     "W8A8": Layout("w8a8"),
@@ -26,6 +27,7 @@ _PRESETS = {
     "W4A8": Layout("w4a8", 128),
 }
 _CLASS = "Linear"
+_FLOAT_INPUTS: dict[int, Scheme] = {4: "w4a16", 3: "w3a16"}  # by bits of a weight
 _8_BIT_PER_TOKEN = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
 
 
@@ -85,12 +87,12 @@ def read_layouts(
 
 def _group(layout: Layout, targets: list[str]) -> dict[str, Any]:
     is_8_bit = layout.scheme in CHANNELED
-    has_8_bit_inputs = layout.scheme != "w4a16"
+    has_8_bit_inputs = layout.scheme not in _FLOAT_INPUTS.values()
     number = "float" if layout.scheme == "fp8" else "int"
     return {
         "targets": targets,
         "weights": {
-            "num_bits": 8 if is_8_bit else 4,
+            "num_bits": 8 if is_8_bit else PACKED_BITS[layout.scheme],
             "type": number,
             "symmetric": True,
             "strategy": "channel" if is_8_bit else "group",
@@ -139,18 +141,18 @@ def _layout(key: str, group: Any, in_features: int) -> Layout:
     number = weights.get("type", "int")
     if num_bits == 8 and strategy == "channel" and _is_per_token(activations, number):
         return Layout("fp8" if number == "float" else "w8a8")
-    if num_bits == 4 and number == "int" and strategy in ("group", "channel"):
+    if num_bits in _FLOAT_INPUTS and number == "int" and strategy in ("group", "channel"):
         group_size = weights["group_size"] if strategy == "group" else in_features
         if activations is None:
-            return Layout("w4a16", group_size)
-        if _is_per_token(activations, "int"):
+            return Layout(_FLOAT_INPUTS[num_bits], group_size)
+        if num_bits == 4 and _is_per_token(activations, "int"):
             return Layout("w4a8", group_size)
     kind = "no quantized" if activations is None else _kind(activations)
     raise ModelFormatError(
         f"{KEY}.{key}: {_kind(weights)} weights by {strategy} with {kind} activations are not "
         "supported. There are: 8-bit by channel with dynamic 8-bit activations per token, both int "
-        "(W8A8) or both float (FP8), and 4-bit int by group or channel with unquantized "
-        "activations (W4A16) or 8-bit int ones (W4A8)."
+        "(W8A8) or both float (FP8), 4-bit int by group or channel with unquantized "
+        "activations (W4A16) or 8-bit int ones (W4A8), and 3-bit int with unquantized ones (W3A16)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Formats a linear layer's weight may take (dense, W8A8, FP8, W4A16, W4A8), and their arithmetic.
+"""Formats a linear layer's weight may take (dense, W8A8, FP8, W4A16, W4A8, W3A16), and arithmetic.
 
 Takes dense weights and scales; gives quantized weights, their sizes, and the plain reference of
 what a layer of each format computes. It does not know how weights are chosen, stored on disk or
@@ -17,18 +17,21 @@ from torch.nn import functional
 from jobs.config import Scheme as Scheme  # the name that layers and loaders import
 
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-GROUPED: tuple[Scheme, ...] = ("w4a16", "w4a8")  # int4 weights with a scale per group of inputs
+# Weights of few bits with a scale per group of inputs: bits of a weight on disk.
+PACKED_BITS: dict[Scheme, int] = {"w4a16": 4, "w4a8": 4, "w3a16": 3}
+GROUPED: tuple[Scheme, ...] = tuple(PACKED_BITS)
 # One byte a weight, and a scale per output: the type on disk and in memory.
 CHANNELED: dict[Scheme, torch.dtype] = {"w8a8": torch.int8, "fp8": torch.float8_e4m3fn}
 DEFAULT_GROUP_SIZE = 128
-INT4_PER_INT32 = 8
 FP8_MAX = 448  # largest value of float8_e4m3fn
 _REFERENCE_BLOCK = 256
+_WORD_BITS = 32
+_WORD_MASK = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one layer's weight is stored: its scheme and, for int4 weights, inputs per scale."""
+    """How one layer's weight is stored: its scheme and, if that has groups, inputs per scale."""
 
     scheme: Scheme
     group_size: int | None = None
@@ -48,7 +51,7 @@ class Layout:
             return 2 * num_weights
         if self.scheme in CHANNELED:
             return num_weights + scale_bytes
-        words = -(-in_features // INT4_PER_INT32)
+        words = num_words(in_features, PACKED_BITS[self.scheme])
         return 4 * out_features * words + scale_bytes + 2 * 8
 
 
@@ -56,9 +59,9 @@ class Layout:
 class QuantizedWeight:
     """Symmetric weights of few bits with their scales: `values_OI * scale_OG` is the weight.
 
-    `values_OI` is float8_e4m3fn for fp8, else int8: in [-128, 127] for w8a8 and in [-8, 7] for
-    int4 (one value a byte here). `scale_OG` is float32 holding bfloat16 values, G = 1 for fp8 and
-    w8a8.
+    `values_OI` is float8_e4m3fn for fp8, else int8: in [-128, 127] for w8a8, [-8, 7] for int4 and
+    [-4, 3] for int3 (one value a byte here). `scale_OG` is float32 holding bfloat16 values, G = 1
+    for fp8 and w8a8.
     """
 
     scheme: Scheme
@@ -94,6 +97,10 @@ class QuantizedWeight:
         """Return the same weight on a device."""
         return replace(self, values_OI=self.values_OI.to(device), scale_OG=self.scale_OG.to(device))
 
+    def computable(self) -> "QuantizedWeight":
+        """Return the same weight in a format that operators compute: int3 as int4."""
+        return replace(self, scheme="w4a16") if self.scheme == "w3a16" else self
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight_OI these values stand for."""
         values_OGS = self.values_OI.float().unflatten(1, (self.scale_OG.shape[1], -1))
@@ -105,7 +112,10 @@ def value_range(scheme: Scheme) -> tuple[int, int]:
     assert scheme != "bf16", "a dense weight has no range of values"
     if scheme == "fp8":
         return (-FP8_MAX, FP8_MAX)
-    return (-128, 127) if scheme == "w8a8" else (-8, 7)
+    if scheme == "w8a8":
+        return (-128, 127)
+    half = 1 << (PACKED_BITS[scheme] - 1)
+    return (-half, half - 1)
 
 
 def round_values_(scaled: Tensor, scheme: Scheme) -> Tensor:
@@ -169,23 +179,50 @@ def reference_linear(x_NI: Tensor, weight: QuantizedWeight) -> Tensor:
     return _dequantized_linear(x_NI, weight)
 
 
-def pack_int4(values_OI: Tensor) -> Tensor:
-    """Pack int4 values (one a byte) eight to an int32, first value in the lowest bits.
+def num_words(num_values: int, num_bits: int) -> int:
+    """Return how many int32 hold so many values of few bits."""
+    return -(-num_values * num_bits // _WORD_BITS)
 
-    This is compressed-tensors' `pack-quantized`: values are offset by 8, rows padded to a word.
+
+def pack_values(values_OI: Tensor, num_bits: int = 4) -> Tensor:
+    """Pack values (one a byte) of 1 to 8 bits into int32, first value in the lowest bits.
+
+    This is compressed-tensors' `pack-quantized`: values are offset by half their range and lie
+    without gaps, across words where their bits do not divide 32; rows are padded to a word.
     """
-    values_OI = functional.pad(values_OI.to(torch.int32) + 8, (0, -values_OI.shape[1] % 8))
-    values_OWE = values_OI.unflatten(1, (-1, INT4_PER_INT32))
-    shifts_E = torch.arange(0, 32, 4, dtype=torch.int32, device=values_OI.device)
-    # Nibbles do not overlap, so the sum is their union; the top one wraps into the sign bit.
-    return (values_OWE << shifts_E).sum(dim=-1, dtype=torch.int64).to(torch.int32)
+    in_features = values_OI.shape[1]
+    offset = 1 << (num_bits - 1)
+    values_OI = functional.pad(values_OI.to(torch.int64) + offset, (0, -in_features % _WORD_BITS))
+    # As many words as a value has bits hold 32 values.
+    values_OUE = values_OI.unflatten(1, (-1, _WORD_BITS))
+    words_OUB = torch.zeros(
+        *values_OUE.shape[:2], num_bits, dtype=torch.int64, device=values_OI.device
+    )
+    for place in range(_WORD_BITS):
+        word, shift = divmod(place * num_bits, _WORD_BITS)
+        words_OUB[..., word] |= values_OUE[..., place] << shift
+        if shift + num_bits > _WORD_BITS:
+            words_OUB[..., word + 1] |= values_OUE[..., place] >> (_WORD_BITS - shift)
+    # The cast drops what lies in the next word, and the top bit becomes the sign.
+    words_OW = words_OUB.flatten(1)[:, : num_words(in_features, num_bits)]
+    return words_OW.to(torch.int32).contiguous()
 
 
-def unpack_int4(packed_OW: Tensor, in_features: int) -> Tensor:
-    """Return the int8 values_OI of `pack_int4`."""
-    shifts_E = torch.arange(0, 32, 4, dtype=torch.int32, device=packed_OW.device)
-    nibbles_OWE = (packed_OW[:, :, None] >> shifts_E) & 0xF
-    return (nibbles_OWE.flatten(1)[:, :in_features] - 8).to(torch.int8).contiguous()
+def unpack_values(packed_OW: Tensor, in_features: int, num_bits: int = 4) -> Tensor:
+    """Return the int8 values_OI of `pack_values`."""
+    words_OW = functional.pad(
+        packed_OW.to(torch.int64) & _WORD_MASK, (0, -packed_OW.shape[1] % num_bits)
+    )
+    words_OUB = words_OW.unflatten(1, (-1, num_bits))
+    values = []
+    for place in range(_WORD_BITS):
+        word, shift = divmod(place * num_bits, _WORD_BITS)
+        value_OU = words_OUB[..., word] >> shift
+        if shift + num_bits > _WORD_BITS:
+            value_OU = value_OU | (words_OUB[..., word + 1] << (_WORD_BITS - shift))
+        values.append((value_OU & ((1 << num_bits) - 1)).to(torch.int8))
+    values_OI = torch.stack(values, dim=-1).flatten(1)[:, :in_features]
+    return (values_OI - (1 << (num_bits - 1))).contiguous()
 
 
 def _by_blocks(x_NI: Tensor, values_OI: Tensor) -> Tensor:

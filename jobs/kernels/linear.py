@@ -117,6 +117,7 @@ def build_linear(
         if weight.dtype != torch.bfloat16:
             operator = operator or "dense"  # the others would round the weight
     else:
+        weight = weight.computable()
         layout, values_OI = weight.layout, weight.values_OI
     shape = (values_OI.shape[0], values_OI.shape[1])
     if operator is None:

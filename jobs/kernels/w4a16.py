@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from jobs.kernels import blocks, native
-from jobs.kernels.formats import QuantizedWeight, pack_int4, reference_linear, unpack_int4
+from jobs.kernels.formats import QuantizedWeight, pack_values, reference_linear, unpack_values
 from jobs.kernels.operator import (
     Operator,
     Packed,
@@ -81,14 +81,14 @@ def _run_int4pack(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: 
 
 def pack_reference(weight: Weight, problem: Problem) -> Packed:
     """Return int4 weights as they are on disk, and their scales."""
-    return pack_int4(quantized(weight).values_OI), quantized(weight).scale_OG
+    return pack_values(quantized(weight).values_OI), quantized(weight).scale_OG
 
 
 def run_reference(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
     """Return y_NO of either int4 format, unpacking a block of outputs at a time."""
     parts = []
     for packed_OW, scale_OG in zip(packed[0].split(_BLOCK), packed[1].split(_BLOCK), strict=True):
-        values_OI = unpack_int4(packed_OW, problem.in_features)
+        values_OI = unpack_values(packed_OW, problem.in_features)
         block = QuantizedWeight(
             problem.layout.scheme, values_OI, scale_OG, problem.layout.group_size
         )

@@ -16,11 +16,11 @@ from itertools import product
 from cluster.errors import ConfigError
 from jobs.compression.recipe import predicted_bytes
 from jobs.config import DecoderConfig, Recipe, SearchConfig, Step
+from jobs.kernels.formats import GROUPED
 
 _PARTS = ("self_attn", "mlp")
 _GROUP_SIZES = (128, 64, 32)
 _DENSE = "bf16"
-_GROUPED = ("w4a16", "w4a8")
 _RANDOM_TRIES = 50
 _GROUP_TARGET = re.compile(r"model\.layers\.(?P<block>\d+)\.(?P<part>\w+)\.\*")
 
@@ -159,7 +159,7 @@ def _assignments(
 
 def _quantize(scheme: str, targets: tuple[str, ...], decoder: DecoderConfig) -> Step:
     options: dict[str, object] = {"scheme": scheme}
-    if scheme in _GROUPED:
+    if scheme in GROUPED:
         options["group_size"] = _group_size(decoder)
     return Step(method="rtn", targets=targets, options=options)
 
@@ -180,8 +180,8 @@ def _group_size(decoder: DecoderConfig) -> int:
         if all(features % size == 0 for features in inputs):
             return size
     raise ConfigError(
-        f"`schemes` asks for int4 weights, and no group size of {_GROUP_SIZES} divides all of this "
-        f"model's widths {inputs}. Leave {' and '.join(_GROUPED)} out of `schemes`."
+        f"`schemes` asks for weights by group, and no group size of {_GROUP_SIZES} divides all of "
+        f"this model's widths {inputs}. Leave {', '.join(GROUPED)} out of `schemes`."
     )
 
 

@@ -11,13 +11,13 @@ from jobs.kernels.formats import (
     Layout,
     QuantizedWeight,
     Scheme,
-    pack_int4,
+    pack_values,
     quantize_rows,
     quantize_rows_fp8,
     reference_linear,
     round_scale,
     round_to_scale,
-    unpack_int4,
+    unpack_values,
     value_range,
 )
 
@@ -29,17 +29,18 @@ def random_weight(rows: int, columns: int, layout: Layout) -> QuantizedWeight:
     return round_to_scale(weight_OI, largest_OG / value_range(layout.scheme)[1], layout)
 
 
-@pytest.mark.parametrize("columns", [8, 13, 128, 129])
-def test_int4_when_packed_equals_compressed_tensors_and_unpacks(columns: int) -> None:
+@pytest.mark.parametrize("num_bits", range(1, 9))
+@pytest.mark.parametrize("columns", [8, 13, 32, 128, 129])
+def test_values_when_packed_equal_compressed_tensors_and_unpack(
+    columns: int, num_bits: int
+) -> None:
     generator = torch.Generator().manual_seed(columns)
-    values_OI = torch.randint(-8, 8, (5, columns), dtype=torch.int8, generator=generator)
-    packed_OW = pack_int4(values_OI)
-    theirs_OW = pack_to_int32(values_OI, 4)
-    low_nibbles = columns % 8 or 8  # Padding is theirs to choose: compare what holds values.
-    mask = (1 << 4 * low_nibbles) - 1
-    assert torch.equal(packed_OW[:, :-1], theirs_OW[:, :-1])
-    assert torch.equal(packed_OW[:, -1].long() & mask, theirs_OW[:, -1].long() & mask)
-    assert torch.equal(unpack_int4(packed_OW, columns), values_OI)
+    half = 1 << (num_bits - 1)
+    values_OI = torch.randint(-half, half, (5, columns), dtype=torch.int8, generator=generator)
+    packed_OW = pack_values(values_OI, num_bits)
+    assert packed_OW.dtype == torch.int32
+    assert torch.equal(packed_OW, pack_to_int32(values_OI, num_bits))
+    assert torch.equal(unpack_values(packed_OW, columns, num_bits), values_OI)
 
 
 @pytest.mark.parametrize("layout", [Layout("w8a8"), Layout("w4a16", 16)])

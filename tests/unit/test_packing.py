@@ -21,11 +21,13 @@ SHAPES = ("llama", "qwen2", "qwen3", "mistral")
 INT8 = Step(method="rtn", options={"scheme": "w8a8"})
 FP8 = Step(method="rtn", options={"scheme": "fp8"})
 INT4 = Step(method="rtn", options={"scheme": "w4a16", "group_size": 32})
+INT3 = Step(method="rtn", options={"scheme": "w3a16", "group_size": 32})
 INT4_INT8 = Step(method="rtn", options={"scheme": "w4a8", "group_size": 32})
 MIXED = (INT4, INT8.replace(targets=("*.mlp.down_proj",)))
 RECIPES = {
     "int8": Recipe(steps=(INT8,)),
     "int4": Recipe(steps=(INT4,)),
+    "int3": Recipe(steps=(INT3,)),
     "fp8": Recipe(steps=(FP8,)),
     "mixed": Recipe(steps=MIXED),
     "partly": Recipe(steps=(INT8.replace(targets=("*layers.0*",)),)),
@@ -82,7 +84,7 @@ def test_model_when_saved_loads_with_the_same_logits(
     loaded = load_model(tmp_path, verify=False)
     # W8A8 also rounds activations, which the fake-quantized model does not, FP8 rounds them to four
     # significant bits, W4A16 to bfloat16.
-    limit = {"dense": 1e-5, "int4": 0.01, "fp8": 0.1}.get(recipe, 0.04)
+    limit = {"dense": 1e-5, "int4": 0.01, "int3": 0.01, "fp8": 0.1}.get(recipe, 0.04)
     difference = relative_difference(loaded.model(some_tokens()), compressed.model(some_tokens()))
     assert difference <= limit
     assert loaded.config == compressed.model.config
@@ -101,7 +103,7 @@ def test_model_when_saved_loads_unmodified_in_transformers(
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     expected = theirs(some_tokens()).logits
     found = load_model(tmp_path, verify=False).model(some_tokens())
-    limit = {"dense": 1e-5, "int4": 0.01}.get(recipe, 0.04)
+    limit = {"dense": 1e-5, "int4": 0.01, "int3": 0.01}.get(recipe, 0.04)
     assert relative_difference(found, expected) <= limit
 
 
