@@ -7,6 +7,7 @@ It does not know how a method works (see jobs/compression/methods), nor what is 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -204,8 +205,8 @@ class _Work:
         ]
         if not rounded:
             return inputs
-        wanted_I = action.method.scale(rounded, inputs, action.options)
-        scale_I = feasible_scale(self.model, group, wanted_I)
+        feasible = partial(feasible_scale, self.model, group)
+        scale_I = action.method.scale(rounded, inputs, feasible, action.options)
         divide_input(self.model, group, scale_I)
         return inputs.divided_by(scale_I)
 

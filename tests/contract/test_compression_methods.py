@@ -73,7 +73,7 @@ def apply(method: ModuleType, weight_OI: torch.Tensor, options: object) -> Layer
 def scale(method: ModuleType, weights: list[torch.Tensor], options: object) -> torch.Tensor:
     assert isinstance(method, ScalingMethod)
     layers = [Quantizable(weight_OI, Layout("w4a16", 32)) for weight_OI in weights]
-    return method.scale(layers, example_inputs(), options)
+    return method.scale(layers, example_inputs(), torch.Tensor.clone, options)
 
 
 @pytest.mark.parametrize("name", plugin_names(methods))

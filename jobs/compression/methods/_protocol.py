@@ -15,6 +15,9 @@ from jobs.compression.inputs import LayerInputs
 from jobs.kernels.formats import Layout, QuantizedWeight
 
 
+Feasible = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class LayerResult:
     """What a method made of one layer: its weight, and the integers if it is quantized."""
@@ -64,8 +67,9 @@ class CalibratedMethod(Method, Protocol):
 class ScalingMethod(Method, Protocol):
     """Finds factors scale_I by which layers that share an input divide it, to round better.
 
-    `scale(layers, inputs, options)`. The model computes the same: weights take the factors, what
-    makes the input is divided by them.
+    `scale(layers, inputs, feasible, options)`: `feasible` turns factors into the nearest that what
+    makes the input can carry out, and those are what is returned. The model computes the same:
+    weights take the factors, what makes the input is divided by them.
     """
 
-    scale: Callable[[Sequence[Quantizable], LayerInputs, Any], Tensor]
+    scale: Callable[[Sequence[Quantizable], LayerInputs, Feasible, Any], Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.config import StrictModel
 from jobs.compression.inputs import LayerInputs
-from jobs.compression.methods._protocol import Quantizable
+from jobs.compression.methods._protocol import Feasible, Quantizable
 from jobs.compression.methods._rounding import Observer, find_scale
 from jobs.kernels.formats import Layout, round_to_scale
 
@@ -35,11 +35,13 @@ def layout(options: Options) -> Layout | None:
     return None
 
 
-def scale(layers: Sequence[Quantizable], inputs: LayerInputs, options: Options) -> Tensor:
+def scale(
+    layers: Sequence[Quantizable], inputs: LayerInputs, feasible: Feasible, options: Options
+) -> Tensor:
     """Return the scale_I of the least error; ones where no other is better."""
     best_I = torch.ones_like(inputs.mean_abs_I)
     least = _error(layers, inputs, best_I, options.observer)
-    for scale_I in _candidates(layers, inputs, options.num_ratios):
+    for scale_I in map(feasible, _candidates(layers, inputs, options.num_ratios)):
         error = _error(layers, inputs, scale_I, options.observer)
         if error < least:
             best_I, least = scale_I, error

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.config import StrictModel
 from jobs.compression.inputs import LayerInputs
-from jobs.compression.methods._protocol import Quantizable
+from jobs.compression.methods._protocol import Feasible, Quantizable
 from jobs.kernels.formats import Layout
 
 _LEAST = 1e-5
@@ -34,9 +34,11 @@ def layout(options: Options) -> Layout | None:
     return None
 
 
-def scale(layers: Sequence[Quantizable], inputs: LayerInputs, options: Options) -> Tensor:
+def scale(
+    layers: Sequence[Quantizable], inputs: LayerInputs, feasible: Feasible, options: Options
+) -> Tensor:
     """Return scale_I = max|x|^strength / max|w|^(1 - strength), over all layers' weights."""
     largest_I = torch.stack([layer.weight_OI.abs().amax(dim=0) for layer in layers]).amax(dim=0)
     inputs_I = inputs.max_abs_I.clamp_min(_LEAST)
     scale_I = inputs_I**options.strength / largest_I.clamp_min(_LEAST) ** (1 - options.strength)
-    return torch.where(inputs.max_abs_I > 0, scale_I, 1.0).clamp_min(_LEAST)
+    return feasible(torch.where(inputs.max_abs_I > 0, scale_I, 1.0).clamp_min(_LEAST))
