@@ -209,10 +209,7 @@ def _is_rotated(layer: str, config: DecoderConfig) -> bool:
 def _rotary_order(num_rows: int, config: DecoderConfig) -> Tensor:
     """Return the order of rows in which the halves of every head alternate."""
     return (
-        torch.arange(num_rows)
-        .view(-1, 2, config.resolved_head_dim // 2)
-        .transpose(1, 2)
-        .flatten()
+        torch.arange(num_rows).view(-1, 2, config.resolved_head_dim // 2).transpose(1, 2).flatten()
     )
 
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from cluster.config import StrictModel
 from jobs.compression.inputs import LayerInputs
+from jobs.config import DecoderConfig
 from jobs.kernels.formats import Layout, QuantizedWeight
+from jobs.models.decoder import Decoder
 
 
 Feasible = Callable[[Tensor], Tensor]
@@ -73,3 +75,15 @@ class ScalingMethod(Method, Protocol):
     """
 
     scale: Callable[[Sequence[Quantizable], LayerInputs, Feasible, Any], Tensor]
+
+
+@runtime_checkable
+class ShapingMethod(Method, Protocol):
+    """Cuts a decoder to a smaller shape.
+
+    `reshape(config, options)` returns that shape and raises RecipeError where there is none;
+    `cut(model, text_NT, options)` returns the model, which it may take apart.
+    """
+
+    reshape: Callable[[DecoderConfig, Any], DecoderConfig]
+    cut: Callable[[Decoder, Tensor, Any], Decoder]
