@@ -110,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: CompressConfig) -> Mapping[str, Any]:
+    shape = _shape(_paths(config)[0])
     target = compress(config)
-    shape = _shape(target)
     size_bytes = predicted_bytes(shape, config.recipe)
     return {
         "model": str(target),

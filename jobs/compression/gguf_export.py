@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import gguf
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor

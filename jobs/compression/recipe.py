@@ -8,19 +8,22 @@ It does not know how a method works (see jobs/compression/methods), nor what is 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cluster.errors import RecipeError
 from jobs.compression.calibration import CalibrationPass
 from jobs.compression.inputs import LayerInputs
+from jobs.compression.layers import linear_names, shapes_of, weight_of, without_weights
 from jobs.compression.methods._protocol import (
     CalibratedMethod,
     LayerResult,
     Quantizable,
     ScalingMethod,
+    ShapingMethod,
     WeightMethod,
 )
 from jobs.compression.shared_inputs import (
@@ -31,12 +34,11 @@ from jobs.compression.shared_inputs import (
     group_of,
     shared_inputs,
 )
-from jobs.compression.steps import Action, final_layouts, resolve
+from jobs.compression.steps import Action, ModelShape, final_layouts, resolve
 from jobs.config import DecoderConfig, Recipe
 from jobs.kernels.formats import Layout, QuantizedWeight, Scheme
-from jobs.models import decoder, encoder
 from jobs.models.decoder import Decoder
-from jobs.models.encoder import Encoder, EncoderConfig
+from jobs.models.encoder import Encoder
 
 ModelT = TypeVar("ModelT", Decoder, Encoder)
 Progress = Callable[[int, int], None]
@@ -70,49 +72,62 @@ def apply_recipe(
     takes a copy of its own if a step names it. Raises RecipeError for what `resolve` refuses, a
     method that needs text where there is none or no decoder, and inputs that determine no answer.
     """
-    actions = resolve(recipe, _linear_shapes(model))
-    _check_text(actions, model, has_text=text_NT is not None)
-    work = _Work(model, final_layouts(actions))
+    actions = resolve(recipe, model.config)
+    _check_text(actions, model.config, has_text=text_NT is not None)
+    final = final_layouts(actions)
     if not isinstance(model, Decoder):
-        work.run(actions, _linear_names(model), None)
+        work = _Work(model, final)
+        work.run(actions, linear_names(model), None)
         return Compressed(model, work.quantized, recipe)
-    if any(HEAD in action.layers for action in actions):
+    if any(HEAD in action.layers for action in actions if not action.is_of_model):
         model.untie()
-    _go_through(model, actions, work, text_NT, progress)
-    return Compressed(model, work.quantized, recipe)
+    quantized: dict[str, QuantizedWeight] = {}
+    for is_of_model, run in groupby(actions, key=lambda action: action.is_of_model):
+        if is_of_model:
+            for action in run:
+                _reshape(model, action, text_NT)
+        else:
+            work = _Work(model, final)
+            _go_through(model, list(run), work, text_NT, progress)
+            quantized |= work.quantized
+    return Compressed(model, quantized, recipe)
 
 
-def needs_text(config: DecoderConfig | EncoderConfig, recipe: Recipe, *, has_text: bool) -> bool:
+def needs_text(shape: ModelShape, recipe: Recipe, *, has_text: bool) -> bool:
     """Return whether a step has to see text, without touching weights.
 
     Raises RecipeError for whatever `apply_recipe` would refuse before it computes.
     """
-    model = _without_weights(config)
-    actions = resolve(recipe, _linear_shapes(model))
-    _check_text(actions, model, has_text=has_text)
+    actions = resolve(recipe, shape)
+    _check_text(actions, shape, has_text=has_text)
     return any(action.needs_text for action in actions)
 
 
-def layouts(config: DecoderConfig | EncoderConfig, recipe: Recipe) -> dict[str, Layout]:
+def final_shape(shape: ModelShape, recipe: Recipe) -> ModelShape:
+    """Return the configuration that the model will have, without touching weights."""
+    actions = resolve(recipe, shape)
+    return actions[-1].shape if actions else shape
+
+
+def layouts(shape: ModelShape, recipe: Recipe) -> dict[str, Layout]:
     """Return the format that each linear layer will have, without touching weights."""
-    model = _without_weights(config)
-    actions = resolve(recipe, _linear_shapes(model))
-    final = final_layouts(actions)
+    final = final_layouts(resolve(recipe, shape))
+    names = linear_names(without_weights(final_shape(shape, recipe)))
     dense = Layout("bf16")
     return {
         name: (final[name].layout or dense) if name in final else dense
-        for name in [*_linear_names(model), *([HEAD] if HEAD in final else [])]
+        for name in [*names, *([HEAD] if HEAD in final else [])]
     }
 
 
-def predicted_bytes(config: DecoderConfig | EncoderConfig, recipe: Recipe) -> int:
+def predicted_bytes(shape: ModelShape, recipe: Recipe) -> int:
     """Return the bytes of all weight tensors on disk, without touching weights.
 
     Safetensors headers are not counted; what is not quantized is stored in bfloat16.
     """
-    model = _without_weights(config)
-    shapes = _linear_shapes(model)
-    chosen = layouts(config, recipe)
+    model = without_weights(final_shape(shape, recipe))
+    shapes = shapes_of(model)
+    chosen = layouts(shape, recipe)
     if isinstance(model, Decoder) and HEAD in chosen:
         model.untie()
     # A tied head is the embedding, and parameters() gives it once.
@@ -122,15 +137,24 @@ def predicted_bytes(config: DecoderConfig | EncoderConfig, recipe: Recipe) -> in
     return 2 * (num_all - num_linear) + linear_bytes
 
 
-def _check_text(actions: Sequence[Action], model: Decoder | Encoder, *, has_text: bool) -> None:
+def _check_text(actions: Sequence[Action], shape: ModelShape, *, has_text: bool) -> None:
     why = None
-    if not isinstance(model, Decoder):
+    if not isinstance(shape, DecoderConfig):
         why = "the model is an encoder, and it knows the blocks of decoders. Use rtn"
     elif not has_text:
         why = "it has to see text. Give `calibration`, or use rtn or magnitude"
     for action in actions:
         if action.needs_text and why is not None:
             raise RecipeError(f"{action.place} cannot be applied: {why}.")
+
+
+def _reshape(model: Decoder, action: Action, text_NT: Tensor | None) -> None:
+    assert isinstance(action.method, ShapingMethod), f"{action.name} does not cut models"
+    assert text_NT is not None, "refused before"
+    action.method.cut(model, text_NT, action.options)
+    assert model.config == action.shape.replace(tie_embeddings=model.config.tie_embeddings), (
+        f"{action.place} made another shape than it said"
+    )
 
 
 def _go_through(
@@ -199,7 +223,7 @@ class _Work:
         assert isinstance(self.model, Decoder), "refused before"
         chosen = {name: self.final[name].layout for name in group.layers if name in layers}
         rounded = [
-            Quantizable(_weight(self.model, name).detach().float(), layout)
+            Quantizable(weight_of(self.model, name).detach().float(), layout)
             for name, layout in chosen.items()
             if layout is not None and layout.scheme != "bf16"
         ]
@@ -213,7 +237,7 @@ class _Work:
     def _change(self, action: Action, layer: str, inputs: LayerInputs | None) -> None:
         if action.layout is not None and self.final[layer] is not action:
             return  # A later step decides.
-        weight = _weight(self.model, layer)
+        weight = weight_of(self.model, layer)
         result = _result(action, layer, weight.detach().float(), inputs)
         with torch.no_grad():
             weight.copy_(result.weight_OI)
@@ -232,28 +256,3 @@ def _result(
         return action.method.apply(weight_OI, action.options)
     except RecipeError as error:
         raise RecipeError(f"{action.place}, `{layer}`: {error.message}") from None
-
-
-def _linear_shapes(model: Decoder | Encoder) -> dict[str, tuple[int, int]]:
-    shapes = {}
-    head = [HEAD] if isinstance(model, Decoder) else []
-    for name in [*_linear_names(model), *head]:
-        rows, columns = _weight(model, name).shape
-        shapes[name] = (rows, columns)
-    return shapes
-
-
-def _without_weights(config: DecoderConfig | EncoderConfig) -> Decoder | Encoder:
-    with torch.device("meta"):
-        return Encoder(config) if isinstance(config, EncoderConfig) else Decoder(config)
-
-
-def _linear_names(model: Decoder | Encoder) -> list[str]:
-    family = encoder if isinstance(model, Encoder) else decoder
-    return family.linear_names(model)
-
-
-def _weight(model: nn.Module, layer: str) -> Tensor:
-    module = model.get_submodule(layer)
-    assert isinstance(module, nn.Linear), f"{layer} is {type(module).__name__}, not a dense layer"
-    return module.weight

@@ -1,11 +1,12 @@
-"""A recipe's steps, checked against a model's layers before any weight is touched.
+"""A recipe's steps, checked against a model's shape before any weight is touched.
 
-Takes a recipe and the shapes of linear layers; gives actions: which method with which options on
-which layers. It does not know how a method works, nor when its turn comes.
+Takes a recipe and a model's configuration; gives actions: which method with which options on which
+layers, and the configuration after each. It does not know how a method works, nor when its turn
+comes.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import cast
@@ -13,18 +14,26 @@ from typing import cast
 from cluster.config import StrictModel, parse_config
 from cluster.errors import ConfigError, RecipeError
 from jobs.compression import methods
-from jobs.compression.methods._protocol import CalibratedMethod, Method, ScalingMethod
+from jobs.compression.layers import Shapes, linear_shapes
+from jobs.compression.methods._protocol import (
+    CalibratedMethod,
+    Method,
+    ScalingMethod,
+    ShapingMethod,
+)
 from jobs.compression.shared_inputs import HEAD, group_of
-from jobs.config import Recipe
+from jobs.config import DecoderConfig, Recipe, Step
 from jobs.kernels.formats import Layout
+from jobs.models.encoder import EncoderConfig
 from jobs.plugins import load_plugin
 
-Shapes = Mapping[str, tuple[int, int]]
+ModelShape = DecoderConfig | EncoderConfig
+_ALL = ("*",)
 
 
 @dataclass(frozen=True)
 class Action:
-    """One step, resolved."""
+    """One step, resolved; `shape` is the model's after it."""
 
     number: int
     name: str
@@ -32,6 +41,7 @@ class Action:
     options: StrictModel
     layout: Layout | None
     layers: tuple[str, ...]
+    shape: ModelShape
 
     @property
     def place(self) -> str:
@@ -41,11 +51,16 @@ class Action:
     @property
     def needs_text(self) -> bool:
         """Whether the method has to see what text feeds the layers."""
-        return isinstance(self.method, CalibratedMethod | ScalingMethod)
+        return isinstance(self.method, CalibratedMethod | ScalingMethod | ShapingMethod)
+
+    @property
+    def is_of_model(self) -> bool:
+        """Whether it changes the model as a whole, not one layer after another."""
+        return isinstance(self.method, ShapingMethod)
 
 
-def resolve(recipe: Recipe, shapes: Shapes) -> list[Action]:
-    """Return the actions of a recipe on a model with linear layers of these shapes.
+def resolve(recipe: Recipe, shape: ModelShape) -> list[Action]:
+    """Return the actions of a recipe on a model of this shape.
 
     Raises RecipeError for a target that matches no layer, a group size that does not divide, a
     method or option that does not exist, a change of weights that are quantized already, and
@@ -53,8 +68,11 @@ def resolve(recipe: Recipe, shapes: Shapes) -> list[Action]:
     """
     actions: list[Action] = []
     quantized_by: dict[str, int] = {}
+    shapes = linear_shapes(shape)
     for number, step in enumerate(recipe.steps, start=1):
-        action = _action(number, step.method, step.targets, step.options, shapes)
+        action = _action(number, step, shape, shapes)
+        if action.shape != shape:
+            shape, shapes = action.shape, linear_shapes(action.shape)
         for layer in _changed_layers(action):
             if action.layout is None and layer in quantized_by:
                 raise RecipeError(
@@ -76,21 +94,33 @@ def final_layouts(actions: Sequence[Action]) -> dict[str, Action]:
     return {layer: action for action in actions if action.layout for layer in action.layers}
 
 
-def _action(
-    number: int,
-    name: str,
-    targets: tuple[str, ...],
-    options: Mapping[str, object],
-    shapes: Shapes,
-) -> Action:
-    place = f"step {number} ({name})"
+def _action(number: int, step: Step, shape: ModelShape, shapes: Shapes) -> Action:
+    place = f"step {number} ({step.method})"
     try:
-        method = cast(Method, load_plugin(methods, name, what="compression method"))
-        parsed = parse_config(method.Options, dict(options), f"options of {place}")
+        method = cast(Method, load_plugin(methods, step.method, what="compression method"))
+        parsed = parse_config(method.Options, dict(step.options), f"options of {place}")
     except ConfigError as error:
         raise RecipeError(str(error)) from None
-    layers = tuple(_matching(targets, list(shapes), place))
-    return Action(number, name, method, parsed, method.layout(parsed), layers)
+    layers = tuple(_matching(step.targets, list(shapes), place))
+    if isinstance(method, ShapingMethod):
+        shape = _reshaped(method, parsed, step, shape, place)
+    return Action(number, step.method, method, parsed, method.layout(parsed), layers, shape)
+
+
+def _reshaped(
+    method: ShapingMethod, options: StrictModel, step: Step, shape: ModelShape, place: str
+) -> DecoderConfig:
+    if not isinstance(shape, DecoderConfig):
+        raise RecipeError(f"{place} cannot be applied: it cuts decoders, and this is an encoder.")
+    if step.targets != _ALL:
+        raise RecipeError(
+            f"{place}: it changes the model as a whole. Leave `targets` out; its options say what "
+            "stays."
+        )
+    try:
+        return method.reshape(shape, options)
+    except RecipeError as error:
+        raise RecipeError(f"{place}: {error.message}") from None
 
 
 def _changed_layers(action: Action) -> Iterator[str]:

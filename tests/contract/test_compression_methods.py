@@ -15,14 +15,18 @@ from jobs.compression.methods._protocol import (
     Method,
     Quantizable,
     ScalingMethod,
+    ShapingMethod,
     WeightMethod,
 )
+from jobs.config import DecoderConfig
 from jobs.kernels.formats import SCHEMES, Layout
+from jobs.models.decoder import build
 from jobs.plugins import load_plugin, plugin_names
 
 # Options that make a method do something; a new method adds its own line.
 EXAMPLES: dict[str, list[dict[str, object]]] = {
     "awq": [{}, {"num_ratios": 3, "observer": "mse"}],
+    "depth": [{"num_blocks": 1}, {"num_blocks": 2, "first": 1}],
     "gptq": [
         {"scheme": scheme, "group_size": 32, "act_order": act_order}
         for scheme in SCHEMES
@@ -36,11 +40,17 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
     ],
     "smoothquant": [{}, {"strength": 0.8}],
     "sparsegpt": [{"sparsity": 0.0}, {"sparsity": 0.5}, {"pattern": "2:4"}],
+    "width": [{"intermediate_size": 40}, {"num_kv_heads": 1}, {"hidden_size": 48}],
     "wanda": [{"sparsity": 0.0}, {"sparsity": 0.5}, {"pattern": "2:4"}],
 }
 CASES = [(name, options) for name in plugin_names(methods) for options in EXAMPLES.get(name, [])]
-LAYER_CASES = [(n, o) for n, o in CASES if n not in ("awq", "smoothquant")]
-SCALING_CASES = [(n, o) for n, o in CASES if n in ("awq", "smoothquant")]
+_SCALING, _SHAPING = ("awq", "smoothquant"), ("depth", "width")
+LAYER_CASES = [(n, o) for n, o in CASES if n not in (*_SCALING, *_SHAPING)]
+SCALING_CASES = [(n, o) for n, o in CASES if n in _SCALING]
+SHAPING_CASES = [(n, o) for n, o in CASES if n in _SHAPING]
+CONFIG = DecoderConfig(
+    vocab_size=61, hidden_size=64, intermediate_size=96, num_layers=4, num_heads=4, num_kv_heads=2
+)
 
 
 def load(name: str) -> ModuleType:
@@ -80,7 +90,9 @@ def scale(method: ModuleType, weights: list[torch.Tensor], options: object) -> t
 def test_method_when_imported_offers_documented_parts(name: str) -> None:
     method = load(name)
     assert isinstance(method, Method)
-    offered = [part for part in ("apply", "apply_calibrated", "scale") if hasattr(method, part)]
+    offered = [
+        part for part in ("apply", "apply_calibrated", "scale", "cut") if hasattr(method, part)
+    ]
     assert len(offered) == 1
     assert inspect.getdoc(method)
     assert issubclass(method.Options, StrictModel)
@@ -140,6 +152,28 @@ def test_scaling_method_gives_positive_factors_and_leaves_weights(
     assert scale_I.isfinite().all()
     assert (scale_I > 0).all()
     assert torch.equal(weights[0], example_weight())
+
+
+@pytest.mark.parametrize(("name", "options"), SHAPING_CASES)
+@pytest.mark.parametrize("shape", ["llama", "qwen2", "qwen3"])
+def test_shaping_method_gives_a_model_of_the_shape_it_promised_that_computes(
+    name: str, options: dict[str, object], shape: str
+) -> None:
+    method = load(name)
+    assert isinstance(method, ShapingMethod)
+    parsed = method.Options.model_validate(options)
+    assert method.layout(parsed) is None
+    config = CONFIG.replace(shape=shape)
+    model = build(config, seed=0)
+    text_NT = torch.randint(61, (4, 12), generator=torch.Generator().manual_seed(1))
+    method.cut(model, text_NT, parsed)
+    promised = method.reshape(config, parsed)
+    assert model.config == promised
+    assert promised != config
+    fresh = build(promised, seed=1)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model(text_NT), fresh(text_NT))
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])

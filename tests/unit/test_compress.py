@@ -178,3 +178,19 @@ def test_compress_when_a_method_needs_text_and_none_is_given_says_so_in_the_plan
     recipe = Recipe(steps=(Step(method="wanda", options={"sparsity": 0.5}),))
     with pytest.raises(RecipeError, match=r"step 1 \(wanda\).*Give `calibration`"):
         plan_rows(config_for(source, recipe))
+
+
+def test_compress_when_blocks_are_left_out_reports_bytes_beside_the_whole_model(
+    speaker: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = "[{method: width, options: {intermediate_size: 64}}, {method: rtn}]"
+    arguments = [f"model={speaker}", f"output={speaker.parent / 'small'}", f"recipe.steps={steps}"]
+    text = f"calibration={{data: {tiny_data}, num_sequences: 4, seq_len: 16}}"
+    sets = [word for each in (*arguments, text) for word in ("--set", each)]
+    assert main([*sets, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    loaded = load_model(speaker.parent / "small")
+    assert loaded.config.intermediate_size == 64
+    stored = sum(p.stat().st_size for p in (speaker.parent / "small").glob("*.safetensors"))
+    assert found["weight_bytes"] == pytest.approx(stored, rel=0.05)
+    assert 0.5 < found["size_ratio"] < 0.7

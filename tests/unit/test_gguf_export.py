@@ -41,9 +41,7 @@ def publish(folder: Path, data: Path, *steps: Step, shape: str = "llama") -> Com
         num_heads=4,
         num_kv_heads=2,
     )
-    compressed = apply_recipe(
-        build(config, seed=0).to(torch.bfloat16).float(), Recipe(steps=steps)
-    )
+    compressed = apply_recipe(build(config, seed=0).to(torch.bfloat16).float(), Recipe(steps=steps))
     with staged_directory(folder, {"kind": "model"}) as staging:
         save_compressed(compressed, staging)
         for path in (data / "tokenizer").iterdir():

@@ -16,7 +16,6 @@ from jobs.config import DecoderConfig
 from jobs.kernels.formats import Layout, QuantizedWeight
 from jobs.models.decoder import Decoder
 
-
 Feasible = Callable[[Tensor], Tensor]
 
 
@@ -82,8 +81,8 @@ class ShapingMethod(Method, Protocol):
     """Cuts a decoder to a smaller shape.
 
     `reshape(config, options)` returns that shape and raises RecipeError where there is none;
-    `cut(model, text_NT, options)` returns the model, which it may take apart.
+    `cut(model, text_NT, options)` gives it to a model, in place.
     """
 
     reshape: Callable[[DecoderConfig, Any], DecoderConfig]
-    cut: Callable[[Decoder, Tensor, Any], Decoder]
+    cut: Callable[[Decoder, Tensor, Any], None]

@@ -19,7 +19,7 @@ from cluster.config import StrictModel
 from cluster.errors import RecipeError
 from jobs.config import DecoderConfig
 from jobs.kernels.formats import Layout
-from jobs.models.decoder import Decoder
+from jobs.models.decoder import Block, Decoder
 
 _TOKENS_AT_ONCE = 4096
 
@@ -49,17 +49,17 @@ def reshape(config: DecoderConfig, options: Options) -> DecoderConfig:
     return config.replace(num_layers=config.num_layers - options.num_blocks)
 
 
-def cut(model: Decoder, text_NT: Tensor, options: Options) -> Decoder:
-    """Return the decoder without the blocks."""
+def cut(model: Decoder, text_NT: Tensor, options: Options) -> None:
+    """Leave the blocks out."""
     config = reshape(model.config, options)
     first = options.first
     if first is None:
         first = int(_distances(model, text_NT, options.num_blocks).argmin())
     del model.model.layers[first : first + options.num_blocks]
     for number, block in enumerate(model.model.layers):
+        assert isinstance(block, Block), "a decoder has blocks"
         block.self_attn.layer = block.mlp.layer = number
     model.config = config
-    return model
 
 
 def _distances(model: Decoder, text_NT: Tensor, num_blocks: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Width pruning: leave out channels of the MLPs, heads and hidden channels that matter least.
 
 Takes a decoder and text; gives a decoder of a narrower shape, the same for every block, whose
-weights are those of what stays. How much a part matters is how large what it gives is on the text.
-A repair step afterwards teaches it to do without the rest.
+weights are those of what stays. How much a part matters is how large what it gives is: the mean
+size of its values on the text times the size of the weights that read them. A repair step
+afterwards teaches it to do without the rest.
 
 Source: Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation"
 (Minitron), 2024, section 2.2.
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from cluster.config import StrictModel
 from cluster.errors import RecipeError
 from jobs.compression.calibration import CalibrationPass
+from jobs.compression.layers import weight_of
 from jobs.config import DecoderConfig
 from jobs.kernels.formats import Layout
 from jobs.models.decoder import Block, Decoder
@@ -58,8 +60,8 @@ def reshape(config: DecoderConfig, options: Options) -> DecoderConfig:
     return config.replace(head_dim=config.resolved_head_dim, **changes)
 
 
-def cut(model: Decoder, text_NT: Tensor, options: Options) -> Decoder:
-    """Return the decoder with what matters most of every kind, in its old order."""
+def cut(model: Decoder, text_NT: Tensor, options: Options) -> None:
+    """Keep what matters most of every kind, in its old order."""
     config = reshape(model.config, options)
     hidden_C = torch.zeros(model.config.hidden_size)
     kept: list[_Kept] = []
@@ -73,7 +75,10 @@ def cut(model: Decoder, text_NT: Tensor, options: Options) -> Decoder:
                 "mlp": f"{prefix}.mlp.down_proj",
             }
             seen = text.observe(list(names.values()))
-            sizes = {part: seen[name].mean_abs_I.cpu() for part, name in names.items()}
+            sizes = {
+                part: (seen[name].mean_abs_I * weight_of(model, name).norm(dim=0)).detach().cpu()
+                for part, name in names.items()
+            }
             hidden_C += sizes["hidden"] + sizes["hidden_mlp"]
             heads_K = sizes["heads"].view(model.config.num_kv_heads, -1).sum(dim=1)
             kept.append(
@@ -94,7 +99,6 @@ def cut(model: Decoder, text_NT: Tensor, options: Options) -> Decoder:
     model.config = config
     model.model.embed_tokens.embedding_dim = config.hidden_size
     model.tie()
-    return model
 
 
 def _narrow_block(block: Block, parts: _Kept, hidden: Tensor, config: DecoderConfig) -> None:
