@@ -1,0 +1,1 @@
+"""Benchmarks of compression: quality, size and speed."""

@@ -1,0 +1,115 @@
+"""The model that compression is measured on: trained here, on the standard library's text.
+
+Takes a seed; gives a model directory of 23 million parameters and the packed data it was trained
+on, from `.bench/models` if they lie there. Training goes on where it was stopped; `python -m
+benchmarks.compression.subject --seeds 0 1 2` makes them beforehand (each over an hour on 2 cores).
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.serving.models import BENCH
+from cluster.storage import verify_directory
+from jobs.config import (
+    DataConfig,
+    DecoderConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from jobs.data.prepare import prepare
+from jobs.training.loop import run
+from jobs.training.outcome import StepMetrics
+from jobs.training.world import World
+
+DECODER = DecoderConfig(
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=4,
+    max_seq_len=1024,
+)
+SEQ_LEN = 256
+_LINE_EVERY_STEPS = 25
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model and its data."""
+
+    seed: int
+    model: Path
+    data: Path
+    config: TrainConfig
+
+
+def training(seed: int, decoder: DecoderConfig = DECODER, max_steps: int = 1200) -> TrainConfig:
+    """Return how a model is trained: 16 sequences a step, 4.9 million tokens by default."""
+    return TrainConfig(
+        name=f"seed-{seed}",
+        model=ModelConfig(decoder=decoder),
+        data=DataConfig(validation_fraction=0.05, test_fraction=0.08),
+        tokenizer=TokenizerConfig(vocab_size=decoder.vocab_size),
+        optimizer=OptimizerConfig(lr=0.0015),
+        schedule=ScheduleConfig(
+            kind="onecycle", warmup_steps=min(100, max_steps // 5), final_lr_ratio=0.02
+        ),
+        seq_len=SEQ_LEN,
+        global_batch_size=16,
+        micro_batch_size=8,
+        max_steps=max_steps,
+        eval_every_steps=200,
+        checkpoint_every_steps=100,
+        seed=seed,
+    )
+
+
+def subject(seed: int) -> Subject:
+    """Return the model of a seed, trained now if it was not before."""
+    config = training(seed)
+    folder = BENCH / "models" / "stdlib-23m"
+    data = prepare(config, folder / "data").folder
+    model = train(config, data, folder / config.name)
+    return Subject(seed, model, data, config)
+
+
+def train(config: TrainConfig, data: Path, folder: Path) -> Path:
+    """Train in this process, going on where an earlier call stopped; return the model directory."""
+    model = folder / "model"
+    if model.is_dir():
+        verify_directory(model)
+        return model
+    console = Console(stderr=True)
+
+    def tell(step: StepMetrics) -> None:
+        if step.step % _LINE_EVERY_STEPS == 0:
+            console.print(
+                f"{folder.name}: step {step.step} of {config.max_steps}, loss {step.loss:.3f}, "
+                f"{step.tokens_per_s:,.0f} tokens/s",
+                highlight=False,
+            )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return run(config, data, folder, World(), tell).model_dir
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train the models of some seeds; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compression.subject")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which ones")
+    for seed in parser.parse_args(argv).seeds:
+        found = subject(seed)
+        print(found.model)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
