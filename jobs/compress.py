@@ -98,6 +98,7 @@ def plan_rows(config: CompressConfig) -> Rows:
         ("model", str(source)),
         ("output", str(target)),
         ("linear layers", counts),
+        ("keys and values", config.recipe.kv_cache),
         ("calibration", calibration),
         ("weights, bytes", f"{small_bytes:,}"),
         ("share of bf16", f"{small_bytes / dense_bytes:.1%}"),

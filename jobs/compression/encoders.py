@@ -82,6 +82,7 @@ def load_encoder(
     layouts: dict[str, Layout] = {}
     if document is not None:
         layouts = quantization_config.read_layouts(document, shapes)
+        quantization_config.refuse_kv_cache(document, "an encoder keeps none")
     operators = fill(model, tensors, layouts, (dtype, torch.device(device)), directory)
     schemes: dict[str, Scheme] = {
         name: layouts[name].scheme if name in layouts else "bf16" for name in shapes

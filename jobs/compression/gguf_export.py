@@ -10,6 +10,7 @@ O output features, I input features, K blocks of a row, S = 32 weights of a bloc
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from jobs.config import DecoderConfig
 from jobs.kernels.formats import Layout, QuantizedWeight
 from jobs.models import _hf, _weights
 
+_logger = logging.getLogger(__name__)
 DenseType = Literal["BF16", "Q8_0", "Q4_0"]
 _BLOCK = 32
 _NAMES = {
@@ -74,6 +76,7 @@ def export_gguf(directory: Path, target: Path, *, dense: DenseType = "BF16") -> 
     document = _hf.read_config(directory)
     config = _hf.from_hf_config(document)
     architecture = _architecture(config)
+    _warn_of_cache(document, config)
     tensors = dict(_weights.read_tensors(directory))
     layouts = _layouts(document, tensors)
     with storage_errors(f"writing {target}"):
@@ -94,6 +97,15 @@ def _architecture(config: DecoderConfig) -> str:
     if config.sliding_window is not None and config.sliding_window < config.max_seq_len:
         raise ModelFormatError("GGUF export knows no sliding window of attention.")
     return _ARCHITECTURES[config.shape]
+
+
+def _warn_of_cache(document: Mapping[str, Any], config: DecoderConfig) -> None:
+    quantization = document.get(quantization_config.KEY) or {}
+    if quantization_config.read_kv_cache(quantization, config.resolved_head_dim) == "int8":
+        _logger.warning(
+            "GGUF does not say how keys and values are cached, and this model's recipe says int8: "
+            "start llama.cpp with `--cache-type-k q8_0 --cache-type-v q8_0`"
+        )
 
 
 def _layouts(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Layout]:

@@ -17,7 +17,7 @@ from cluster.errors import ModelFormatError
 from cluster.storage import GIB, MANIFEST, verify_directory
 from jobs.compression import quantization_config
 from jobs.compression.recipe import Compressed
-from jobs.config import DecoderConfig
+from jobs.config import DecoderConfig, KvCache
 from jobs.kernels.formats import (
     CHANNELED,
     PACKED_BITS,
@@ -40,29 +40,36 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".
 
 @dataclass
 class LoadedModel:
-    """A model ready to run: formats and operators by layer name, resident weight bytes."""
+    """A model ready to run: formats and operators by layer name, resident weight bytes.
+
+    `kv_cache` is how an engine shall keep keys and values, unless it is told otherwise.
+    """
 
     model: Decoder
     config: DecoderConfig
     schemes: dict[str, Scheme]
     operators: dict[str, str]
     weight_bytes: int
+    kv_cache: KvCache = "auto"
 
 
 def save_compressed(compressed: Compressed, directory: Path) -> None:
     """Write config.json, generation_config.json and safetensors; neither tokenizer nor manifest.
 
-    What is not quantized is stored in bfloat16. A model without any quantized layer becomes a
-    plain dense directory. Raises ModelFormatError for a config its family cannot express, and
-    StorageError where writing fails.
+    What is not quantized is stored in bfloat16. A model without any quantized layer or cache
+    becomes a plain dense directory. Raises ModelFormatError for a config its family cannot
+    express, and StorageError where writing fails.
     """
     model, quantized = compressed.model, compressed.quantized
     document = _hf.to_hf_config(model.config)
     document["dtype"] = str(_SCALE_DTYPE).removeprefix("torch.")
-    if quantized:
-        layouts = {name: weight.layout for name, weight in quantized.items()}
-        dense = [name for name in _linear_shapes(model) if name not in quantized]
-        document[quantization_config.KEY] = quantization_config.to_document(layouts, dense)
+    is_cache_int8 = compressed.recipe.kv_cache == "int8"
+    if quantized or is_cache_int8:
+        document[quantization_config.KEY] = quantization_config.to_document(
+            {name: weight.layout for name, weight in quantized.items()},
+            [name for name in _linear_shapes(model) if name not in quantized],
+            model.config.resolved_head_dim if is_cache_int8 else None,
+        )
     state = model.state_dict()
     if model.config.tie_embeddings and "lm_head" not in quantized:
         del state["lm_head.weight"]
@@ -104,8 +111,10 @@ def load_model(
         model = Decoder(config)
     shapes = _linear_shapes(model)
     layouts: dict[str, Layout] = {}
-    if quantization_config.KEY in document:
-        layouts = quantization_config.read_layouts(document[quantization_config.KEY], shapes)
+    kv_cache: KvCache = "auto"
+    if (quantization := document.get(quantization_config.KEY)) is not None:
+        layouts = quantization_config.read_layouts(quantization, shapes)
+        kv_cache = quantization_config.read_kv_cache(quantization, config.resolved_head_dim)
     tensors = dict(_weights.read_tensors(directory))
     if config.tie_embeddings:
         _take_tied_head(tensors, layouts, directory)
@@ -113,7 +122,8 @@ def load_model(
     schemes: dict[str, Scheme] = {
         name: layouts[name].scheme if name in layouts else "bf16" for name in shapes
     }
-    return LoadedModel(model.eval(), config, schemes, operators, resident_bytes(model))
+    weight_bytes = resident_bytes(model)
+    return LoadedModel(model.eval(), config, schemes, operators, weight_bytes, kv_cache)
 
 
 def read_quantized(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cluster.errors import ModelFormatError
+from jobs.config import KvCache
 from jobs.kernels.formats import CHANNELED, PACKED_BITS, Layout, Scheme
 
 KEY = "quantization_config"
@@ -28,20 +29,25 @@ _PRESETS = {
 }
 _CLASS = "Linear"
 _FLOAT_INPUTS: dict[int, Scheme] = {4: "w4a16", 3: "w3a16"}  # by bits of a weight
+_CACHE = "kv_cache_scheme"
+_OBSERVERS = ("observer", "observer_kwargs")  # They tell how scales were found; ours are dynamic.
 _8_BIT_PER_TOKEN = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
 
 
-def to_document(chosen: Mapping[str, Layout], dense: Iterable[str]) -> dict[str, Any]:
+def to_document(
+    chosen: Mapping[str, Layout], dense: Iterable[str], int8_cache: int | None = None
+) -> dict[str, Any]:
     """Return the document for quantized layers by name; `dense` are the linear layers left as is.
 
     Layers of one format form a group that names each of them; a model of one format targets the
-    class `Linear`, as readers expect.
+    class `Linear`, as readers expect. `int8_cache` is the size of a head whose keys and values are
+    cached in int8; None: they are not.
     """
     groups: dict[Layout, list[str]] = {}
     for name, layout in chosen.items():
         groups.setdefault(layout, []).append(name)
-    assert groups, "a dense model has no quantization_config"
-    formats = {_FORMATS[layout.scheme] for layout in groups}
+    assert groups or int8_cache, "a dense model has no quantization_config"
+    formats = {_FORMATS[layout.scheme] for layout in groups} or {"dense"}
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -51,7 +57,7 @@ def to_document(chosen: Mapping[str, Layout], dense: Iterable[str]) -> dict[str,
             for number, (layout, names) in enumerate(groups.items())
         },
         "ignore": list(dense),
-        "kv_cache_scheme": None,
+        _CACHE: None if int8_cache is None else _int8_cache_scheme(int8_cache),
     }
 
 
@@ -68,8 +74,6 @@ def read_layouts(
             f"{KEY}: quant_method `{method}` is not supported; only `compressed-tensors` is. "
             "Quantize the dense model again, e.g. with `raysmith compress`."
         )
-    if document.get("kv_cache_scheme"):
-        raise ModelFormatError(f"{KEY}: a quantized KV cache (kv_cache_scheme) is not supported.")
     if document.get("quantization_status", "compressed") != "compressed":
         raise ModelFormatError(
             f"{KEY}: quantization_status `{document['quantization_status']}` is not supported: the "
@@ -83,6 +87,47 @@ def read_layouts(
             if group is not None:
                 found[name] = _layout(*group, shape[1])
     return found
+
+
+def read_kv_cache(document: Mapping[str, Any], head_dim: int) -> KvCache:
+    """Return how keys and values, of heads of this size, are cached.
+
+    Raises ModelFormatError for a scheme that is not ours: it is another rounding.
+    """
+    found: Mapping[str, Any] = document.get(_CACHE) or {}
+    if not found:
+        return "auto"
+    wanted = _int8_cache_scheme(head_dim)
+    rest = [value for option, value in found.items() if option not in (*wanted, *_OBSERVERS)]
+    if any(rest) or any(found.get(option) != value for option, value in wanted.items()):
+        raise ModelFormatError(
+            f"{KEY}.{_CACHE}: {dict(found)} is not supported, only {wanted}: int8 with a scale for "
+            f"each token and head of {head_dim} values. Remove it, or compress the dense model "
+            "again with `kv_cache: int8`."
+        )
+    return "int8"
+
+
+def refuse_kv_cache(document: Mapping[str, Any], why: str) -> None:
+    """Raise ModelFormatError if a document quantizes keys and values at all."""
+    if document.get(_CACHE):
+        raise ModelFormatError(f"{KEY}.{_CACHE}: {document[_CACHE]} is not supported: {why}.")
+
+
+def _int8_cache_scheme(head_dim: int) -> dict[str, Any]:
+    """Return the scheme of a scale for each token and head.
+
+    Keys and values are [B, heads, T, D] to compressed-tensors, which makes a scale of D values of
+    `group`, but one of a head's T x D values of `token` (compute_dynamic_scales_and_zp).
+    """
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": head_dim,
+        "dynamic": True,
+    }
 
 
 def _group(layout: Layout, targets: list[str]) -> dict[str, Any]:

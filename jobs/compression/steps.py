@@ -63,9 +63,14 @@ def resolve(recipe: Recipe, shape: ModelShape) -> list[Action]:
     """Return the actions of a recipe on a model of this shape.
 
     Raises RecipeError for a target that matches no layer, a group size that does not divide, a
-    method or option that does not exist, a change of weights that are quantized already, and
-    scaling for a format that no later step gives.
+    method or option that does not exist, a change of weights that are quantized already,
+    scaling for a format that no later step gives, and a `kv_cache` for an encoder.
     """
+    if recipe.kv_cache != "auto" and not isinstance(shape, DecoderConfig):
+        raise RecipeError(
+            f"`kv_cache` = {recipe.kv_cache}: an encoder keeps no keys and values of former "
+            "tokens. Leave it out."
+        )
     actions: list[Action] = []
     quantized_by: dict[str, int] = {}
     shapes = linear_shapes(shape)

@@ -7,6 +7,7 @@ from pydantic import Field
 from cluster.config import StrictModel
 
 Scheme = Literal["bf16", "w8a8", "fp8", "w4a16", "w4a8", "w3a16"]
+KvCache = Literal["auto", "int8"]
 
 
 class Step(StrictModel):
@@ -23,6 +24,11 @@ class Recipe(StrictModel):
     """Ordered steps that turn a dense model into a compressed one; later steps win."""
 
     steps: tuple[Step, ...] = Field((), description="Applied in this order; none: bf16 copy.")
+    kv_cache: KvCache = Field(
+        "auto",
+        description="Keys and values of former tokens; int8: with a scale for each token and head. "
+        "auto: of the type of activations.",
+    )
 
 
 class CalibrationConfig(StrictModel):

@@ -87,7 +87,10 @@ def time_beside(loaded: LoadedModel, base: LoadedModel) -> tuple[Latency, Latenc
     tokens = max(1, min(_LATENCY_TOKENS, longest // 2))
     context = max(1, min(_LATENCY_CONTEXT, longest - tokens))
     latency, base_latency = compare_latency(
-        [loaded.model, base.model], context=context, tokens=tokens
+        [loaded.model, base.model],
+        context=context,
+        tokens=tokens,
+        kv_caches=[loaded.kv_cache, base.kv_cache],
     )
     return latency, base_latency
 
@@ -103,8 +106,8 @@ def _measure(
     gate = config.gate
     sequences = split.sample(gate.eval_sequences, config.seq_len, gate.seed)
     return Measurement.from_losses(
-        sequence_losses(base.model, sequences),
-        sequence_losses(loaded.model, sequences),
+        sequence_losses(base.model, sequences, kv_cache=base.kv_cache),
+        sequence_losses(loaded.model, sequences, kv_cache=loaded.kv_cache),
         gate,
         size_bytes=0,
         base_size_bytes=predicted_bytes(base.config, Recipe()),

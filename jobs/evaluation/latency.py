@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cluster.config import StrictModel
+from jobs.config import KvCache
 from jobs.kernels.block_cache import BlockCache, BlockSpan
 from jobs.kernels.linear import resident_bytes
 from jobs.models._fused import FusedDecoder, can_fuse
@@ -57,13 +58,19 @@ def compare_latency(
     context: int = 128,
     tokens: int = 16,
     repeats: int = 3,
+    kv_caches: Sequence[KvCache] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Latency]:
     """Time several models in turns, so that a machine that slows down slows all of them alike.
 
-    `context` + `tokens` must not exceed any model's longest position.
+    `context` + `tokens` must not exceed any model's longest position. `kv_caches` says how each
+    keeps keys and values; unset: all in the type of activations.
     """
-    runs = [_DecodeRun(model, batch, context, tokens) for model in models]
+    kinds = kv_caches or ["auto"] * len(models)
+    runs = [
+        _DecodeRun(model, kind, batch, context, tokens)
+        for model, kind in zip(models, kinds, strict=True)
+    ]
     times_s: list[list[float]] = [[] for _ in runs]
     with torch.inference_mode():
         for run in runs:
@@ -78,7 +85,9 @@ def compare_latency(
 class _DecodeRun:
     """One model's cache, filled with `context` random tokens for each sequence of the batch."""
 
-    def __init__(self, model: Decoder, batch: int, context: int, tokens: int) -> None:
+    def __init__(
+        self, model: Decoder, kv_cache: KvCache, batch: int, context: int, tokens: int
+    ) -> None:
         assert min(batch, context, tokens) >= 1, "batch, context and tokens must be positive"
         assert context + tokens <= model.config.max_seq_len, (
             f"{context} + {tokens} tokens exceed max_seq_len={model.config.max_seq_len}"
@@ -92,7 +101,7 @@ class _DecodeRun:
             model.config,
             batch * self.blocks_per_sequence,
             _BLOCK_SIZE,
-            embedding.dtype,
+            torch.int8 if kv_cache == "int8" else embedding.dtype,
             device=self.device,
         )
         generator = torch.Generator().manual_seed(0)

@@ -102,15 +102,20 @@ def compare(
 
 
 def offline_answers(directory: Path, prompts: Sequence[str], *, max_tokens: int) -> list[str]:
-    """Return the greedy continuation of every prompt, by plain forward passes without a cache."""
-    model = load_model(directory).model
+    """Return the greedy continuation of every prompt, by plain forward passes.
+
+    Nothing is kept from one to the next; keys and values are rounded as the directory says.
+    """
+    loaded = load_model(directory)
     tokenizer = load_tokenizer(directory)
     stop_ids = stop_token_ids(directory, tokenizer.eos_token_id)
     answers = []
     with _one_thread():
         for prompt in prompts:
             prompt_ids = tokenizer.encode(prompt)
-            answer_ids = greedy_reference(model, prompt_ids, max_tokens, stop_ids)
+            answer_ids = greedy_reference(
+                loaded.model, prompt_ids, max_tokens, stop_ids, kv_cache=loaded.kv_cache
+            )
             answers.append(tokenizer.decode(answer_ids, skip_special_tokens=True))
     return answers
 

@@ -105,11 +105,10 @@ def build_recipe(assignment: Assignment, decoder: DecoderConfig) -> Recipe:
 
 def describe(recipe: Recipe) -> str:
     """Return a short text for tables: what is done to which part of which blocks."""
-    if not recipe.steps:
-        return _DENSE
-    return "; ".join(
-        f"{_describe_options(step)} {_describe_targets(step)}" for step in recipe.steps
-    )
+    parts = [f"{_describe_options(step)} {_describe_targets(step)}" for step in recipe.steps]
+    if recipe.kv_cache != "auto":
+        parts.append(f"{recipe.kv_cache} cache")
+    return "; ".join(parts) or _DENSE
 
 
 class _Sizes:

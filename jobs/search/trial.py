@@ -58,21 +58,20 @@ def _score_rounded(spec: TrialSpec) -> Result:
     dense = decoder.load(spec.model)
     size_bytes = predicted_bytes(dense.config, spec.recipe)
     model = apply_recipe(dense, spec.recipe).model
-    return Result(
-        losses=tuple(sequence_losses(model, _sequences(spec)).tolist()), size_bytes=size_bytes
-    )
+    losses = sequence_losses(model, _sequences(spec), kv_cache=spec.recipe.kv_cache)
+    return Result(losses=tuple(losses.tolist()), size_bytes=size_bytes)
 
 
 def _score_packed(spec: TrialSpec) -> Result:
     assert spec.packed is not None, "a packed trial needs a folder"
-    if spec.recipe.steps:
+    if spec.recipe != Recipe():
         _pack(spec, spec.packed)
         loaded = load_model(spec.packed)
         size_bytes = weight_file_bytes(spec.packed)
     else:
         loaded = load_model(spec.model, verify=False)
         size_bytes = predicted_bytes(loaded.config, spec.recipe)
-    losses = sequence_losses(loaded.model, _sequences(spec))
+    losses = sequence_losses(loaded.model, _sequences(spec), kv_cache=loaded.kv_cache)
     result = Result(
         losses=tuple(losses.tolist()), size_bytes=size_bytes, memory_bytes=loaded.weight_bytes
     )

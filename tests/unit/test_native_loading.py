@@ -114,18 +114,18 @@ def test_start_when_cache_bytes_are_few_preempts_and_answers_alike():
 
 def test_count_blocks_when_one_sequence_does_not_fit_is_refused():
     with pytest.raises(PlacementError, match=r"max_len=64 .* `cache_bytes` allows"):
-        count_blocks(options(cache_bytes=1000), [SHAPE], 64, CPU)
+        count_blocks(options(cache_bytes=1000), [SHAPE], 64, CPU, torch.float32)
 
 
 def test_count_blocks_when_memory_is_free_holds_every_slot():
-    assert count_blocks(options(block_size=16), [SHAPE], 60, CPU) == 4 * 4
+    assert count_blocks(options(block_size=16), [SHAPE], 60, CPU, torch.float32) == 4 * 4
 
 
 def test_count_blocks_when_a_draft_has_a_cache_too_counts_both():
     block_bytes = BlockCache.bytes_per_block(SHAPE, 16, torch.float32)
     config = options(cache_bytes=20 * block_bytes)
-    assert count_blocks(config, [SHAPE], 60, CPU) == 20
-    assert count_blocks(config, [SHAPE, SHAPE], 60, CPU) == 10
+    assert count_blocks(config, [SHAPE], 60, CPU, torch.float32) == 20
+    assert count_blocks(config, [SHAPE, SHAPE], 60, CPU, torch.float32) == 10
 
 
 def test_create_when_loaded_says_what_runs_on_which_operator(tmp_path, caplog):

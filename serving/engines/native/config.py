@@ -55,7 +55,10 @@ class EngineConfig(TorchOptions):
     )
     block_size: int = Field(default=16, ge=1, le=512, description="Tokens of one cache block.")
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
-        default="auto", description="Type of the cache; auto: that of activations."
+        default="auto",
+        description="Type of cached keys and values, int8 with a scale for each token and head. "
+        "auto: int8 if the model's directory says so (a recipe's `kv_cache`), else that of "
+        "activations.",
     )
     enable_prefix_cache: bool = Field(
         default=True, description="Keep what was computed for a later prompt that begins alike."

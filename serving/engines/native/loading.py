@@ -107,8 +107,8 @@ def start(
     shape = loaded.config
     max_len = min(config.max_len, shape.max_seq_len)
     shapes = [shape] if draft is None else [shape, draft.config]
-    num_blocks = count_blocks(config, shapes, max_len, device)
-    dtype = cache_dtype(config, device)
+    dtype = cache_dtype(config, device, loaded.kv_cache)
+    num_blocks = count_blocks(config, shapes, max_len, device, dtype)
     caches = [BlockCache(each, num_blocks, config.block_size, dtype, device) for each in shapes]
     draft_bytes = 0 if draft is None else resident_bytes(draft)
     adapters = load_adapters(config.adapters, shape, device)

@@ -11,7 +11,7 @@ import torch
 
 from cluster.errors import PlacementError
 from cluster.storage import MIB
-from jobs.config import DecoderConfig
+from jobs.config import DecoderConfig, KvCache
 from jobs.kernels.block_cache import BlockCache
 from serving.engines._options import EngineOptions, TorchOptions
 from serving.engines.native.config import EngineConfig
@@ -33,22 +33,27 @@ def activation_dtype(config: TorchOptions, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
 
 
-def cache_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """Return the type of cached keys and values."""
+def cache_dtype(
+    config: EngineConfig, device: torch.device, kv_cache: KvCache = "auto"
+) -> torch.dtype:
+    """Return the type of cached keys and values; `kv_cache` is what the model's directory says."""
     if config.cache_dtype == "auto":
-        return activation_dtype(config, device)
+        return torch.int8 if kv_cache == "int8" else activation_dtype(config, device)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
     return dtypes[config.cache_dtype]
 
 
 def count_blocks(
-    config: EngineConfig, shapes: Sequence[DecoderConfig], max_len: int, device: torch.device
+    config: EngineConfig,
+    shapes: Sequence[DecoderConfig],
+    max_len: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> int:
-    """Return how many blocks caches of these shapes, all of one size, may have.
+    """Return how many blocks caches of these shapes, all of one size and type, may have.
 
     Raises PlacementError if they could not hold one sequence of `max_len` tokens.
     """
-    dtype = cache_dtype(config, device)
     block_bytes = sum(
         BlockCache.bytes_per_block(shape, config.block_size, dtype) for shape in shapes
     )

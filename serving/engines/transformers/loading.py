@@ -53,6 +53,7 @@ def create(directory: Path, options: Mapping[str, Any]) -> NativeEngine:
     config = parse_config(TransformersConfig, dict(options), "engine options")
     verify_directory(directory)
     device = choose_device(config)
+    _published.kv_cache(directory)  # transformers rounds as any scheme says; only ours is tested.
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     model = _load(directory, config, device)

@@ -53,6 +53,7 @@ def create(directory: Path, options: Mapping[str, Any]) -> Engine:
     tokenizer = load_tokenizer(directory)
     shape, schemes = _shape(directory), _published.schemes(directory)
     _check_dtype(config, schemes)
+    _check_cache(directory)
     _check_cpu(schemes)
     check_fits(tokenizer, shape.vocab_size)
     max_len = min(config.max_len, getattr(shape, "max_position_embeddings", config.max_len))
@@ -127,6 +128,15 @@ def _check_cpu(schemes: Mapping[str, str]) -> None:
         raise ConfigError(
             f"engine `vllm` does not run this model here: {reason}. Choose engine `native`, or a "
             "machine with AVX-512 VNNI or a GPU."
+        )
+
+
+def _check_cache(directory: Path) -> None:
+    # vLLM 0.32: CompressedTensorsKVCacheMethod.validate_kv_cache_scheme takes floats only.
+    if _published.kv_cache(directory) == "int8":
+        raise ConfigError(
+            "vLLM reads no int8 `kv_cache_scheme`, which this model has. Choose engine `native`, "
+            "or compress the dense model again with `recipe.kv_cache` = auto."
         )
 
 
