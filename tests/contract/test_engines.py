@@ -75,6 +75,26 @@ def test_generate_when_model_is_quantized_follows_the_plain_forward(plugin, tmp_
     assert max(regret(plain, *pair) for pair in zip(PROMPTS, answers, strict=True)) < 0.6
 
 
+def test_generate_when_the_directory_caches_in_int8_follows_the_plain_forward(plugin, tmp_path):
+    compressed = apply_recipe(build(SHAPE, seed=4), Recipe(kv_cache="int8"))
+    publish(tmp_path, partial(save_compressed, compressed))
+    if plugin.name == "vllm":
+        with pytest.raises(ConfigError, match="reads no int8 `kv_cache_scheme`"):
+            plugin.create(tmp_path)
+        return
+    engine = plugin.create(tmp_path, max_slots=4, max_batch_tokens=16)
+
+    async def ask_all():
+        return await asyncio.gather(*(chunks_of(engine, p, max_tokens=12) for p in PROMPTS))
+
+    answers = [tokens_of(chunks) for chunks in asyncio.run(ask_all())]
+    engine.close()
+    plain = load_model(tmp_path).model
+    if plugin.name == "native":
+        assert answers == [greedy_reference(plain, p, 12, {1}, kv_cache="int8") for p in PROMPTS]
+    assert max(regret(plain, *pair) for pair in zip(PROMPTS, answers, strict=True)) < 0.6
+
+
 def _typed(plugin, scheme):
     # vLLM's 4-bit product takes bfloat16 alone.
     return {"dtype": "bfloat16"} if (plugin.name, scheme) == ("vllm", "w4a16") else {}

@@ -71,6 +71,21 @@ def test_evaluate_when_the_model_is_its_own_base_refuses_it(made: Path) -> None:
     assert found.verdict.numbers["perplexity_increase"] == 0.0
 
 
+def test_evaluate_when_the_cache_is_int8_measures_with_it(made: Path) -> None:
+    recipe = Recipe(steps=(Step(method="rtn", options={"scheme": "w4a16"}),), kv_cache="int8")
+    compressed = apply_recipe(build(DECODER, seed=0), recipe)
+    with staged_directory(made / "cached", {"kind": "model"}) as staging:
+        save_compressed(compressed, staging)
+    plain, found = evaluate(_config(made)), evaluate(_config(made, model=str(made / "cached")))
+    head_bytes = DECODER.resolved_head_dim
+    assert found.base_latency.cache_bytes == plain.latency.cache_bytes
+    ratio = found.latency.cache_bytes / found.base_latency.cache_bytes
+    assert ratio == (head_bytes + 4) / (4 * head_bytes)
+    losses = [x.verdict.numbers["perplexity_increase"] for x in (plain, found)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
 def test_evaluate_when_recorded_lets_the_model_be_published(made: Path) -> None:
     target = PublishConfig(registry=str(made / "registry"), name="m")
     with pytest.raises(GateRefusedError, match="no gate verdict"):

@@ -15,7 +15,7 @@ from cluster.storage import staged_directory
 from jobs.compression.gguf_export import export_gguf
 from jobs.compression.packing import save_compressed
 from jobs.compression.recipe import Compressed, apply_recipe
-from jobs.config import Recipe, Step
+from jobs.config import KvCache, Recipe, Step
 from jobs.data.tokens import open_split
 from jobs.models.decoder import build
 
@@ -32,7 +32,9 @@ def quantize(scheme: str, *targets: str, group_size: int = 32) -> Step:
     return Step(method="rtn", targets=targets or ("*",), options=options)
 
 
-def publish(folder: Path, data: Path, *steps: Step, shape: str = "llama") -> Compressed:
+def publish(
+    folder: Path, data: Path, *steps: Step, shape: str = "llama", kv_cache: KvCache = "auto"
+) -> Compressed:
     config = decoder_config(
         shape=shape,
         vocab_size=open_split(data, "train").vocab_size,
@@ -41,7 +43,8 @@ def publish(folder: Path, data: Path, *steps: Step, shape: str = "llama") -> Com
         num_heads=4,
         num_kv_heads=2,
     )
-    compressed = apply_recipe(build(config, seed=0).to(torch.bfloat16).float(), Recipe(steps=steps))
+    recipe = Recipe(steps=steps, kv_cache=kv_cache)
+    compressed = apply_recipe(build(config, seed=0).to(torch.bfloat16).float(), recipe)
     with staged_directory(folder, {"kind": "model"}) as staging:
         save_compressed(compressed, staging)
         for path in (data / "tokenizer").iterdir():
@@ -127,6 +130,17 @@ def test_export_when_gguf_cannot_hold_a_layer_names_it(
     publish(tmp_path / "model", tiny_data, *steps)
     with pytest.raises(ModelFormatError, match=rf"`model\.layers\.0.*{words}"):
         export_gguf(tmp_path / "model", tmp_path / "model.gguf")
+
+
+def test_export_when_the_recipe_caches_in_int8_says_what_llama_cpp_must_be_told(
+    tmp_path: Path, tiny_data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kinds: tuple[KvCache, ...] = ("auto", "int8")
+    for kv_cache in kinds:
+        caplog.clear()
+        publish(tmp_path / kv_cache, tiny_data, kv_cache=kv_cache)
+        export_gguf(tmp_path / kv_cache, tmp_path / f"{kv_cache}.gguf")
+        assert ("--cache-type-k q8_0" in caplog.text) == (kv_cache == "int8")
 
 
 def test_export_when_the_tokenizer_cuts_text_otherwise_is_refused(
