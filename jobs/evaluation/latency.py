@@ -75,6 +75,32 @@ def compare_latency(
     return [run.summary(seconds) for run, seconds in zip(runs, times_s, strict=True)]
 
 
+def request_times(
+    models: Sequence[Decoder],
+    *,
+    prompt_tokens: int,
+    output_tokens: int,
+    repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Time whole requests, one at a time, of several models in turns: milliseconds of each.
+
+    A request is one pass over its prompt, which gives the first token, and one for every further
+    token. Both numbers together must not exceed any model's longest position.
+    """
+    runs = [_DecodeRun(model, 1, prompt_tokens, output_tokens) for model in models]
+    times_ms: list[list[float]] = [[] for _ in runs]
+    with torch.inference_mode():
+        for turn in range(1 + repeats):
+            for run, found in zip(runs, times_ms, strict=True):
+                began = clock()
+                run.prefill()
+                run.decode(output_tokens - 1, clock)
+                if turn:  # The first warms up.
+                    found.append((clock() - began) * 1e3)
+    return times_ms
+
+
 class _DecodeRun:
     """One model's cache, filled with `context` random tokens for each sequence of the batch."""
 

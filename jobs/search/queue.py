@@ -11,12 +11,15 @@ from typing import Any
 from rich.console import Console
 
 import cluster.errors
-from cluster.errors import RaysmithError, SearchError
+from cluster.errors import ConfigError, RaysmithError, SearchError
+from jobs.search.course import Finish, Wanted, decide
 from jobs.search.journal import Journal
 from jobs.search.plan import Search
-from jobs.search.rungs import Finish, Result, Task, decide
-from jobs.search.space import describe
+from jobs.search.tasks import Result, Task
 from jobs.search.trial import TrialSpec
+
+# Carried out by the driver, which holds no CPU that a replica needs.
+_OF_DRIVER = "serve"
 
 
 class TaskQueue:
@@ -28,7 +31,7 @@ class TaskQueue:
         self._search, self._journal = search, journal
         self._running: dict[str, Task] = {}
         self._fatal: RaysmithError | None = None
-        self._decision: list[Task] | Finish | None = None
+        self._decision: Wanted | Finish | None = None
         self._print = on_result or _print_progress
 
     def take(self, key: str) -> TrialSpec | None:
@@ -36,11 +39,11 @@ class TaskQueue:
         if self.is_over or len(self._running) >= self._search.config.max_concurrent_trials:
             return None
         wanted = self._decide()
-        assert not isinstance(wanted, Finish), "a search that is over wants no task"
-        for task in wanted:
+        assert isinstance(wanted, Wanted), "a search that is over wants no task"
+        for task in wanted.tasks:
             if task not in self._running.values():
                 self._running[key] = task
-                return self._search.spec(task)
+                return self._search.spec(task, wanted.candidates)
         return None
 
     def give(self, key: str, found: Mapping[str, Any] | None) -> None:
@@ -57,33 +60,31 @@ class TaskQueue:
 
     @property
     def is_over(self) -> bool:
-        """Whether no further task will ever be wanted."""
-        return self._fatal is not None or isinstance(self._decide(), Finish)
+        """Whether no further task will ever be wanted of workers."""
+        decision = self._decide()
+        return self._fatal is not None or isinstance(decision, Finish) or _is_of_driver(decision)
 
-    def end(self) -> Finish:
-        """Return the end of the search, or raise the error that ended it."""
+    def end(self) -> Finish | Wanted:
+        """Return the end of the search or the driver's own tasks, or raise what ended it."""
         if self._fatal is not None:
             raise self._fatal
         end = self._decide()
-        if not isinstance(end, Finish):
+        if isinstance(end, Wanted) and not _is_of_driver(end):
             raise SearchError(
-                f"the search `{self._search.config.name}` stopped with {len(end)} tasks left. Run "
-                "the same command again: finished trials are kept."
+                f"the search `{self._search.config.name}` stopped with {len(end.tasks)} tasks "
+                "left. Run the same command again: finished trials are kept."
             )
         return end
 
-    def _decide(self) -> list[Task] | Finish:
+    def _decide(self) -> Wanted | Finish:
         """Return the decision on the results so far; Tune asks far more often than they change."""
         if self._decision is not None:
             return self._decision
-        search = self._search
         try:
-            self._decision = decide(
-                search.config, len(search.recipes), search.base_bytes, self._journal.results
-            )
-        except SearchError as error:
+            self._decision = decide(self._search.space, self._journal.results)
+        except (SearchError, ConfigError) as error:
             self._fatal = error
-            self._decision = Finish(winner=None, verdicts={}, finalists=())
+            self._decision = Wanted((), ())
         return self._decision
 
     def _record(self, task: Task, result: Result) -> None:
@@ -91,12 +92,48 @@ class TaskQueue:
         self._tell(task, result)
 
     def _tell(self, task: Task, result: Result) -> None:
+        before = self._decide()
         self._decision = None
-        stage = "gate" if task.rung == len(self._search.config.rungs) else f"rung {task.rung}"
-        quality = result.error or f"loss {sum(result.losses) / len(result.losses):.4f}"
-        recipe = describe(self._search.recipes[task.candidate])
-        size = f", {result.size_bytes:,} bytes" if result.error is None else ""
-        self._print(f"{stage}: {recipe}: {quality}{size}, {result.seconds:.1f} s")
+        if isinstance(before, Wanted):
+            # Only when all that was wanted is there, something else is.
+            left = tuple(each for each in before.tasks if each not in self._journal.results)
+            self._decision = Wanted(before.candidates, left) if left else None
+        self._print(self._line(task, result, before))
+
+    def _line(self, task: Task, result: Result, known: Wanted | Finish) -> str:
+        seconds = f"{result.seconds:.1f} s"
+        if result.error is not None:
+            return f"{_place(task)}: {self._what(task, known)}: {result.error}, {seconds}"
+        if task.stage == "times" and result.times is not None:
+            found = (f"{name} {ms:.1f} ms" for name, ms in result.times.uniform_ms.items())
+            return f"a request on uniform models: {', '.join(found)}, {seconds}"
+        if task.stage == "probe":
+            pairs = zip(self._search.space.choices, result.divergences, strict=True)
+            found = (f"{choice} {value:.2g}" for choice, value in pairs)
+            return f"alone: {self._what(task, known)}: {', '.join(found)} nats, {seconds}"
+        loss = sum(result.losses) / len(result.losses)
+        return (
+            f"{_place(task)}: {self._what(task, known)}: loss {loss:.4f}, "
+            f"{result.size_bytes:,} bytes, {seconds}"
+        )
+
+    def _what(self, task: Task, known: Wanted | Finish) -> str:
+        space = self._search.space
+        if task.stage == "times":
+            return "kernels"
+        if task.stage == "probe":
+            return space.groups[task.number].title
+        return space.describe(known.candidates[task.number])
+
+
+def _is_of_driver(decision: Wanted | Finish) -> bool:
+    if isinstance(decision, Finish) or not decision.tasks:
+        return False
+    return all(task.stage == _OF_DRIVER for task in decision.tasks)
+
+
+def _place(task: Task) -> str:
+    return f"rung {task.rung}" if task.stage == "rung" else task.stage
 
 
 def _print_progress(line: str) -> None:
