@@ -161,6 +161,13 @@ def _check_positions(config: SearchConfig, decoder: DecoderConfig) -> None:
             f"`seq_len` = {config.seq_len} exceeds the model's {decoder.max_seq_len} positions. "
             "Lower `seq_len`."
         )
+    asked = config.workload.prompt_tokens + config.workload.output_tokens
+    if asked > decoder.max_seq_len:
+        raise ConfigError(
+            f"`workload` asks for {config.workload.prompt_tokens} + "
+            f"{config.workload.output_tokens} tokens, and the model has {decoder.max_seq_len} "
+            "positions. Lower `workload.prompt_tokens` or `workload.output_tokens`."
+        )
 
 
 def _check_data(config: SearchConfig, data: Path, decoder: DecoderConfig) -> None:

@@ -14,7 +14,10 @@ import cluster.errors
 from cluster.errors import ConfigError, RaysmithError, SearchError
 from jobs.search.course import Finish, Wanted, decide
 from jobs.search.journal import Journal
+from jobs.search.pareto import Point, front
 from jobs.search.plan import Search
+from jobs.search.rungs import measure
+from jobs.search.space import Assignment
 from jobs.search.tasks import Result, Task
 from jobs.search.trial import TrialSpec
 
@@ -29,26 +32,26 @@ class TaskQueue:
         self, search: Search, journal: Journal, on_result: Callable[[str], None] | None = None
     ) -> None:
         self._search, self._journal = search, journal
-        self._running: dict[str, Task] = {}
+        self.running: dict[str, Task] = {}
         self._fatal: RaysmithError | None = None
         self._decision: Wanted | Finish | None = None
         self._print = on_result or _print_progress
 
     def take(self, key: str) -> TrialSpec | None:
         """Return the next task's spec, or None if none can start now; `key` will name it."""
-        if self.is_over or len(self._running) >= self._search.config.max_concurrent_trials:
+        if self.is_over or len(self.running) >= self._search.config.max_concurrent_trials:
             return None
         wanted = self._decide()
         assert isinstance(wanted, Wanted), "a search that is over wants no task"
         for task in wanted.tasks:
-            if task not in self._running.values():
-                self._running[key] = task
+            if task not in self.running.values():
+                self.running[key] = task
                 return self._search.spec(task, wanted.candidates)
         return None
 
     def give(self, key: str, found: Mapping[str, Any] | None) -> None:
         """Take a task's report: a result, an error that ends the search, or None if it died."""
-        task = self._running.pop(key)
+        task = self.running.pop(key)
         if found is None:
             failed = Result(error="its worker died or raised, twice; Ray's log says why")
             self._journal.leave_out(task, failed)
@@ -57,6 +60,11 @@ class TaskQueue:
             self._fatal = getattr(cluster.errors, found["fatal_class"])(found["fatal"])
         else:
             self._record(task, Result.model_validate(json.loads(found["result"])))
+
+    @property
+    def candidates(self) -> tuple[Assignment, ...]:
+        """The candidates so far, by number."""
+        return self._decide().candidates
 
     @property
     def is_over(self) -> bool:
@@ -99,6 +107,25 @@ class TaskQueue:
             left = tuple(each for each in before.tasks if each not in self._journal.results)
             self._decision = Wanted(before.candidates, left) if left else None
         self._print(self._line(task, result, before))
+        if self._decision is None and task.stage == "rung":
+            self._print(self._front(task.rung, before))
+
+    def _front(self, rung: int, known: Wanted | Finish) -> str:
+        """Return the best so far on a rung: what no other is smaller and better than."""
+        space, results = self._search.space, self._journal.results
+        base = results[Task(stage="rung", rung=rung)]
+        points = []
+        for number, assignment in enumerate(known.candidates):
+            found = results.get(Task(stage="rung", rung=rung, number=number))
+            if assignment and found is not None and found.error is None and not base.error:
+                measured = measure(space.config, space.base_bytes, base, found)
+                increase = measured.perplexity_increase.point
+                point = Point(
+                    candidate=number, perplexity_increase=increase, size_ratio=measured.size_ratio
+                )
+                points.append(point)
+        best = (f"{each.size_ratio:.1%} {each.perplexity_increase:+.2%}" for each in front(points))
+        return f"front of rung {rung} (size, perplexity): {'; '.join(best) or 'empty'}"
 
     def _line(self, task: Task, result: Result, known: Wanted | Finish) -> str:
         seconds = f"{result.seconds:.1f} s"

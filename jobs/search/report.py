@@ -76,11 +76,12 @@ class SearchOutcome(StrictModel):
         """Return the values to print."""
         return {
             "search": str(self.run_dir / "search.json"),
-            "trials": len(self.trials),
+            "trials": len(self.trials) - 1,  # Without the unchanged model.
             "rungs": self.num_rungs,
             "winner": None if self.winner is None else self.trials[self.winner].summary,
             "model": None if self.winner_path is None else str(self.winner_path),
             "why": self.why,
+            "report": str(self.run_dir / "report.html"),
             **(self.verdict.numbers if self.verdict is not None else {}),
         }
 
