@@ -4,7 +4,8 @@ Takes plain series; gives `<svg>` elements that scale with the page. It does not
 """
 
 import io
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,9 +41,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """One model: bytes and perplexity relative to bf16, and what it is."""
+    """One model: bytes or latency and perplexity relative to bf16, and what it is.
 
-    size_ratio: float
+    `low` and `high` are an interval of the perplexity increase.
+    """
+
+    x_ratio: float
     increase: float
     on_front: bool
     is_winner: bool
@@ -63,21 +67,34 @@ def curves(title: str, lines: Sequence[Curve], *, x: str, y: str, level: tuple[s
     return out[0]
 
 
-def pareto(title: str, points: Sequence[ParetoPoint], *, limits: tuple[float, float]) -> str:
-    """Return bytes against perplexity increase; `limits` are the gate's (size ratio, increase)."""
+def pareto(
+    title: str,
+    points: Sequence[ParetoPoint],
+    *,
+    limits: tuple[float | None, float],
+    x: str = "size, % of bf16",
+) -> str:
+    """Return bytes or latency against perplexity increase; `limits` are those of x and of y."""
     with _figure(title) as (axes, out):
         for front, color, label in ((False, MUTED, "tried"), (True, ACCENT, "Pareto front")):
             chosen = [p for p in points if p.on_front == front]
-            axes.scatter(
-                [100 * p.size_ratio for p in chosen],
+            ends = [
+                [100 * (p.increase - low) for p, low in _ends(chosen, "low")],
+                [100 * (high - p.increase) for p, high in _ends(chosen, "high")],
+            ]
+            axes.errorbar(
+                [100 * p.x_ratio for p in chosen],
                 [100 * p.increase for p in chosen],
+                yerr=ends,
                 color=color,
                 label=label,
-                s=28,
+                fmt="o",
+                markersize=5,
+                elinewidth=1,
             )
         for winner in (p for p in points if p.is_winner):
             axes.scatter(
-                [100 * winner.size_ratio],
+                [100 * winner.x_ratio],
                 [100 * winner.increase],
                 marker="*",
                 s=220,
@@ -85,11 +102,28 @@ def pareto(title: str, points: Sequence[ParetoPoint], *, limits: tuple[float, fl
                 label="winner",
                 zorder=3,
             )
-        axes.axvline(100 * limits[0], color=MUTED, linestyle="--", linewidth=1)
+        if limits[0] is not None:
+            axes.axvline(100 * limits[0], color=MUTED, linestyle="--", linewidth=1)
         axes.axhline(100 * limits[1], color=MUTED, linestyle="--", linewidth=1, label="limits")
-        axes.set_xlabel("size, % of bf16")
+        axes.set_xlabel(x)
         axes.set_ylabel("perplexity increase, %")
         axes.legend(frameon=False)
+    return out[0]
+
+
+def grouped_bars(
+    title: str, groups: Sequence[str], series: Mapping[str, Sequence[float]], *, y: str
+) -> str:
+    """Return one bar for each group and series, on a logarithmic axis; none for 0 or less."""
+    width = 0.8 / max(1, len(series))
+    with _figure(title) as (axes, out):
+        for number, (name, values) in enumerate(series.items()):
+            places = [place + (number + 0.5) * width - 0.4 for place in range(len(groups))]
+            axes.bar(places, [v if v > 0 else math.nan for v in values], width=width, label=name)
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(groups)), groups, rotation=90, fontsize=7)
+        axes.set_ylabel(y)
+        axes.legend(frameon=False, fontsize=8)
     return out[0]
 
 
@@ -104,6 +138,12 @@ def bars(title: str, names: Sequence[str], values: Sequence[float], *, unit: str
         axes.xaxis.set_visible(False)
         axes.spines["bottom"].set_visible(False)
     return out[0]
+
+
+def _ends(points: Sequence[ParetoPoint], end: str) -> list[tuple[ParetoPoint, float]]:
+    """Return each point with an end of its interval, or its middle where it has none."""
+    found = ((point, getattr(point, end)) for point in points)
+    return [(point, point.increase if value is None else value) for point, value in found]
 
 
 @contextmanager

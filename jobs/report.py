@@ -9,13 +9,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich.table import Table
 
 from cluster.config import StrictModel
 from cluster.errors import TrainingError
 from cluster.storage import MIB, write_atomic
 from jobs import plots
+from jobs.pages import in_order, render
 
 MAX_LOSS_RATIO = 0.65
 
@@ -112,19 +112,17 @@ def require_learned(facts: DemoFacts) -> None:
 def write_report(out: Path, facts: DemoFacts) -> Path:
     """Write `report.html` and return its path."""
     search = _read(facts.search_dir, "search.json")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        "report.html.j2",
         facts=facts,
         rows=rows(facts),
         plots=[_loss_plot(facts), _pareto_plot(search), _latency_plot(search), _size_plot(search)],
-        trials=sorted(search["trials"], key=lambda t: (-t["rung"], t["size_ratio"] or math.inf)),
+        trials=in_order(search["trials"]),
         winner=search["winner"],
         why=search["why"],
     )
     path = out / "report.html"
-    write_atomic(path, page.encode())
+    write_atomic(path, page)
     return path
 
 
@@ -156,8 +154,10 @@ def _pareto_plot(search: dict[str, Any]) -> str:
     numbers = search["verdict"]["numbers"]
     points = [
         plots.ParetoPoint(
-            size_ratio=trial["size_ratio"],
+            x_ratio=trial["size_ratio"],
             increase=trial["perplexity_increase"],
+            low=trial["perplexity_increase_lower95"],
+            high=trial["perplexity_increase_upper95"],
             on_front=trial["on_front"],
             is_winner=trial["candidate"] == search["winner"],
         )

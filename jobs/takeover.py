@@ -64,7 +64,7 @@ def check_takeover(
     if not prompts:
         return
     try:
-        with endpoint(entry, gateway, _KEY_LIFETIME_S) as served:
+        with endpoint(entry.reference, gateway, _KEY_LIFETIME_S) as served:
             report = compare(prompts, offline, served, max_tokens=MAX_TOKENS)
     except (EngineError, LedgerError, ConfigError) as error:
         raise GateRefusedError(
@@ -115,7 +115,7 @@ def offline_reference(
 
 
 @contextmanager
-def endpoint(entry: Entry, gateway: Mapping[str, Any], lifetime_s: float) -> Iterator[Endpoint]:
+def endpoint(reference: str, gateway: Mapping[str, Any], lifetime_s: float) -> Iterator[Endpoint]:
     """Yield a version's address, with a key that is revoked in the end and expires anyhow.
 
     The key's team is ROLLOUT_TEAM, whose requests no statistics of a version count.
@@ -136,6 +136,6 @@ def endpoint(entry: Entry, gateway: Mapping[str, Any], lifetime_s: float) -> Ite
             )
         )
         try:
-            yield Endpoint(url, secret, entry.reference)
+            yield Endpoint(url, secret, reference)
         finally:
             ledger.revoke_key(key.id)

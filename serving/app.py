@@ -4,6 +4,8 @@ Takes arguments as `serve deploy` reads them; gives applications. This is the co
 only file of `serving` that knows Ray Serve, the registry, engines and the gateway at once.
 """
 
+import time
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -31,6 +33,10 @@ class EngineArgs(StrictModel):
 
     registry: str = Field(description="Folder of the registry.")
     model: str = Field(description="name, name@version or name@production, as it is now.")
+    directory: str | None = Field(
+        default=None,
+        description="A model directory to answer as `model`, which the registry need not know.",
+    )
     num_replicas: int = Field(default=1, ge=1, description="Replicas, unless they scale.")
     scaling: ReplicaScaling | None = Field(
         default=None, description="How their number follows the load; unset: it does not."
@@ -102,7 +108,7 @@ def build_engine(args: EngineArgs) -> serve.Application:
     Raises ModelNotFoundError or ConfigError before anything starts. A reference means the version
     that it names now; promoting another one changes nothing until this is deployed again.
     """
-    entry = Registry(resolve_output(args.registry)).resolve(args.model, verify=False)
+    path, served = _served(args)
     engine = serve.deployment(EngineDeployment).options(
         name=ENGINE_DEPLOYMENT,
         **_replicas(args),
@@ -116,13 +122,21 @@ def build_engine(args: EngineArgs) -> serve.Application:
         },
     )
     application: serve.Application = engine.bind(
-        str(entry.path),
-        ServedModel(entry.name, entry.version, published_s(entry)),
+        str(path),
+        served,
         args.engine,
         args.engine_options,
         args.drain_s,
     )
     return application
+
+
+def _served(args: EngineArgs) -> tuple[Path, ServedModel]:
+    if args.directory is not None:
+        name, _, version = args.model.partition("@")
+        return resolve_output(args.directory), ServedModel(name, version or "0", int(time.time()))
+    entry = Registry(resolve_output(args.registry)).resolve(args.model, verify=False)
+    return entry.path, ServedModel(entry.name, entry.version, published_s(entry))
 
 
 def _replicas(args: EngineArgs) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def prepare(config: PromoteConfig, api: Api) -> Iterator["Canary"]:
     route = _new_route(apps, entry, baseline)
     lifetime_s = config.ready_timeout_s + config.limits.max_wait_s + _KEY_MARGIN_S
     thread = LoopThread("rollout")
-    with endpoint(entry, apps[config.application]["args"], lifetime_s) as served:
+    with endpoint(entry.reference, apps[config.application]["args"], lifetime_s) as served:
         try:
             yield Canary(config, api, (entry, baseline, route), served, thread)
         finally:

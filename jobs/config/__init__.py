@@ -15,7 +15,7 @@ from jobs.config.compression import (
 )
 from jobs.config.model import DecoderConfig, ModelConfig, RopeScaling, Shape
 from jobs.config.pipeline import PipelineConfig
-from jobs.config.search import Rung, SearchConfig
+from jobs.config.search import Rung, SearchConfig, SearchLimits, Workload
 from jobs.config.serving import MIN_PARITY, DeployConfig, PublishConfig, ReplicaScaling
 from jobs.config.training import (
     DataConfig,
@@ -50,8 +50,10 @@ __all__ = [
     "ScheduleConfig",
     "Scheme",
     "SearchConfig",
+    "SearchLimits",
     "Shape",
     "Step",
     "TokenizerConfig",
     "TrainConfig",
+    "Workload",
 ]

@@ -66,11 +66,7 @@ def compare_latency(
     `context` + `tokens` must not exceed any model's longest position. `kv_caches` says how each
     keeps keys and values; unset: all in the type of activations.
     """
-    kinds = kv_caches or ["auto"] * len(models)
-    runs = [
-        _DecodeRun(model, kind, batch, context, tokens)
-        for model, kind in zip(models, kinds, strict=True)
-    ]
+    runs = _runs(models, kv_caches, batch, context, tokens)
     times_s: list[list[float]] = [[] for _ in runs]
     with torch.inference_mode():
         for run in runs:
@@ -80,6 +76,48 @@ def compare_latency(
             for run, seconds in zip(runs, times_s, strict=True):
                 seconds.extend(run.decode(tokens, clock))
     return [run.summary(seconds) for run, seconds in zip(runs, times_s, strict=True)]
+
+
+def request_times(
+    models: Sequence[Decoder],
+    *,
+    prompt_tokens: int,
+    output_tokens: int,
+    repeats: int = 5,
+    kv_caches: Sequence[KvCache] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Time whole requests, one at a time, of several models in turns: milliseconds of each.
+
+    A request is one pass over its prompt, which gives the first token, and one for every further
+    token. Both numbers together must not exceed any model's longest position; `kv_caches` as in
+    `compare_latency`.
+    """
+    runs = _runs(models, kv_caches, 1, prompt_tokens, output_tokens)
+    times_ms: list[list[float]] = [[] for _ in runs]
+    with torch.inference_mode():
+        for turn in range(1 + repeats):
+            for run, found in zip(runs, times_ms, strict=True):
+                began = clock()
+                run.prefill()
+                run.decode(output_tokens - 1, clock)
+                if turn:  # The first warms up.
+                    found.append((clock() - began) * 1e3)
+    return times_ms
+
+
+def _runs(
+    models: Sequence[Decoder],
+    kv_caches: Sequence[KvCache] | None,
+    batch: int,
+    context: int,
+    tokens: int,
+) -> "list[_DecodeRun]":
+    kinds = kv_caches or ["auto"] * len(models)
+    return [
+        _DecodeRun(model, kind, batch, context, tokens)
+        for model, kind in zip(models, kinds, strict=True)
+    ]
 
 
 class _DecodeRun:

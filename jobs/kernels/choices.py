@@ -54,13 +54,13 @@ def remember(problem: Problem, num_threads: int, choice: Choice) -> None:
 
 
 def _path(problem: Problem, num_threads: int) -> Path:
-    document = json.dumps([*_environment(problem.device), num_threads])
+    document = json.dumps([*environment(problem.device), num_threads])
     digest = hashlib.sha256(document.encode()).hexdigest()[:16]
     return build.cache_folder() / "operators" / f"{digest}.json"
 
 
 @functools.cache
-def _environment(device: torch.device) -> tuple[str, ...]:
+def environment(device: torch.device) -> tuple[str, ...]:
     """Return what a measurement depends on beside problem and threads."""
     versions = [f"torch {torch.__version__}"]
     try:

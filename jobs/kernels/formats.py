@@ -43,6 +43,10 @@ class Layout:
         """Return how many scales one output row has."""
         return 1 if self.group_size is None else in_features // self.group_size
 
+    def computable(self) -> "Layout":
+        """Return the format that operators compute: int3 as int4."""
+        return replace(self, scheme="w4a16") if self.scheme == "w3a16" else self
+
     def stored_bytes(self, out_features: int, in_features: int) -> int:
         """Return the bytes of a layer's weight tensors on disk, scales and shape included."""
         num_weights = out_features * in_features
@@ -99,7 +103,7 @@ class QuantizedWeight:
 
     def computable(self) -> "QuantizedWeight":
         """Return the same weight in a format that operators compute: int3 as int4."""
-        return replace(self, scheme="w4a16") if self.scheme == "w3a16" else self
+        return replace(self, scheme=self.layout.computable().scheme)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight_OI these values stand for."""

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from cluster.errors import ConfigError, IntegrityError
 from cluster.storage import digest_bytes, storage_errors
-from jobs.search.rungs import Result, Task
+from jobs.search.tasks import Result, Task
 
 
 class Journal:

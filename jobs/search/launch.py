@@ -1,23 +1,26 @@
 """Run a search from its configuration to the winner's model directory.
 
-Takes a SearchConfig; gives a SearchOutcome, `search.json` and the winner in `output_dir/name`. What
-comes next is `rungs.decide`'s; how it is run is `tuning`'s.
+Takes a SearchConfig; gives a SearchOutcome, `search.json`, `report.html` and the winner in
+`output_dir/name`. What comes next is `course.decide`'s; how it is run is `tuning`'s and `served`'s.
 """
 
 from cluster.errors import GateRefusedError
 from cluster.session import connect
 from jobs.config import SearchConfig
+from jobs.search.course import Finish, Wanted, decide
 from jobs.search.journal import Journal
+from jobs.search.page import write_page
 from jobs.search.plan import Search, plan_search
+from jobs.search.records import write_events, write_study
 from jobs.search.report import SearchOutcome, summarise, write_outcome, write_winner
-from jobs.search.rungs import Finish, decide
 
 
 def run_search(config: SearchConfig) -> SearchOutcome:
     """Search on the running cluster; write the outcome and the winner; return the outcome.
 
     A search that was killed goes on where it was: finished trials are read from its journal. Raises
-    GateRefusedError, after writing `search.json`, if no candidate passes the gate.
+    GateRefusedError, after writing `search.json`, if no candidate passes the gate, ConfigError if
+    the limits leave nothing.
     """
     search = plan_search(config)
     journal = Journal(search.run_dir / "journal.jsonl", search.fingerprint)
@@ -26,6 +29,9 @@ def run_search(config: SearchConfig) -> SearchOutcome:
     if outcome.winner is not None:
         write_winner(search, outcome)
     write_outcome(outcome)
+    write_page(search, outcome, journal.results)
+    write_study(search, outcome)
+    write_events(search, outcome)
     if outcome.winner is None:
         raise GateRefusedError(
             f"search `{config.name}`: {outcome.why}. Loosen `gate`, widen `schemes`, or train "
@@ -35,10 +41,18 @@ def run_search(config: SearchConfig) -> SearchOutcome:
 
 
 def _run(search: Search, journal: Journal) -> Finish:
-    wanted = decide(search.config, len(search.recipes), search.base_bytes, journal.results)
-    if isinstance(wanted, Finish):
-        return wanted
-    connect()
-    from jobs.search.tuning import run_tasks  # deferred: a finished search needs no Ray Tune
+    """Ask what is wanted and have it done, until the end."""
+    wanted: Wanted | Finish = decide(search.space, journal.results)
+    while isinstance(wanted, Wanted):
+        connect()
+        if all(task.stage == "serve" for task in wanted.tasks):
+            from jobs.search.served import time_served  # deferred, as below
 
-    return run_tasks(search, journal)
+            for task in wanted.tasks:
+                journal.record(task, time_served(search, wanted.candidates, task))
+            wanted = decide(search.space, journal.results)
+        else:
+            from jobs.search.tuning import run_tasks  # a finished search needs no Ray Tune
+
+            wanted = run_tasks(search, journal)
+    return wanted

@@ -5,6 +5,7 @@ nothing.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +17,15 @@ from cluster.storage import (
     resolve_output,
     verify_directory,
 )
-from jobs.compression.recipe import predicted_bytes
+from jobs.compression.text import open_text
 from jobs.config import DecoderConfig, Recipe, SearchConfig
 from jobs.data.tokens import open_split
 from jobs.models import _hf
-from jobs.search.rungs import BASE, Task
-from jobs.search.space import describe, layer_groups, proposals
-from jobs.search.trial import TrialSpec
+from jobs.search.space import Assignment, Space, build_space, layout_of
+from jobs.search.tasks import Task
+from jobs.search.trial import Format, TrialSpec
 
-_NOT_IN_FINGERPRINT = {"output_dir", "max_concurrent_trials", "cpus_per_trial"}
+_NOT_IN_FINGERPRINT = {"output_dir", "max_concurrent_trials"}
 
 
 @dataclass(frozen=True)
@@ -35,33 +36,57 @@ class Search:
     run_dir: Path
     model: Path
     data: Path
-    decoder: DecoderConfig
-    recipes: tuple[Recipe, ...]
-    base_bytes: int
+    space: Space
     fingerprint: str
 
-    def spec(self, task: Task) -> TrialSpec:
-        """Return what a task measures; the gate sees the test split, rungs see validation."""
+    def spec(self, task: Task, candidates: Sequence[Assignment]) -> TrialSpec:
+        """Return what a task measures; the gate sees the test split, all else validation."""
         config = self.config
-        is_gate = task.rung == len(config.rungs)
-        is_real = is_gate or config.rungs[task.rung].real
-        return TrialSpec(
+        spec = TrialSpec(
+            stage=task.stage,
             model=self.model,
             data=self.data,
-            recipe=self.recipes[task.candidate],
+            seq_len=config.seq_len,
+            seed=config.seed,
+            workload=config.workload,
+            calibration=config.calibration,
+        )
+        if task.stage == "times":
+            return spec.replace(formats=self._formats())
+        if task.stage == "probe":
+            group = self.space.groups[task.number]
+            return spec.replace(
+                alone=tuple(self._alone(task.number, c) for c in range(len(self.space.choices))),
+                first_block=group.first,
+                num_sequences=config.probe_sequences,
+            )
+        is_gate = task.stage == "gate"
+        is_real = is_gate or config.rungs[task.rung].real
+        assignment = candidates[task.number]
+        return spec.replace(
+            recipe=self.space.recipe(assignment, real=is_real),
             split="test" if is_gate else "validation",
             num_sequences=(
                 config.gate.eval_sequences if is_gate else config.rungs[task.rung].eval_sequences
             ),
-            seq_len=config.seq_len,
-            seed=config.seed,
-            packed=self.packed(task.candidate) if is_real else None,
-            times_latency=is_real and task.candidate != BASE,
+            packed=self.packed(task.number) if is_real else None,
+            times_request=is_real and bool(assignment),
         )
 
     def packed(self, candidate: int) -> Path:
         """Return where a candidate's model directory is written."""
         return self.run_dir / "trials" / f"{candidate:03d}"
+
+    def _formats(self) -> tuple[Format, ...]:
+        layouts = [layout_of(each.scheme, self.space.decoder) for each in self.space.choices]
+        return tuple(
+            Format(scheme=layout.scheme, group_size=layout.group_size)
+            for layout in dict.fromkeys(layouts)
+        )
+
+    def _alone(self, group: int, choice: int) -> Recipe:
+        """Return the recipe that makes one choice for one group and leaves the others."""
+        return self.space.alone(group, choice)
 
 
 def plan_search(config: SearchConfig) -> Search:
@@ -75,7 +100,9 @@ def plan_search(config: SearchConfig) -> Search:
     model_digest = verify_directory(model)["self_sha256"]
     decoder = _hf.from_hf_config(_hf.read_config(model))
     _check_data(config, data, decoder)
-    recipes = _recipes(config, decoder)
+    space = build_space(config, decoder)
+    if config.calibration is not None:
+        open_text(config.calibration, model, decoder)
     data_digest = read_manifest(data)["self_sha256"]
     document = config.model_dump_json(exclude=_NOT_IN_FINGERPRINT)
     return Search(
@@ -83,16 +110,14 @@ def plan_search(config: SearchConfig) -> Search:
         run_dir=resolve_output(config.output_dir) / check_name(config.name, "search name"),
         model=model,
         data=data,
-        decoder=decoder,
-        recipes=recipes,
-        base_bytes=predicted_bytes(decoder, Recipe()),
+        space=space,
         fingerprint=digest_bytes(f"{document}{model_digest}{data_digest}".encode()),
     )
 
 
 def plan_rows(config: SearchConfig) -> list[tuple[str, str]]:
     """Return what a search will do, as names and values to print."""
-    return preview_rows(config, plan_search(config).decoder)
+    return preview_rows(config, plan_search(config).space.decoder)
 
 
 def preview_rows(config: SearchConfig, decoder: DecoderConfig) -> list[tuple[str, str]]:
@@ -101,35 +126,33 @@ def preview_rows(config: SearchConfig, decoder: DecoderConfig) -> list[tuple[str
     Raises ConfigError for what no model of this shape and no data could mend.
     """
     _check_positions(config, decoder)
-    recipes = _recipes(config, decoder)
-    base_bytes = predicted_bytes(decoder, Recipe())
+    space = build_space(config, decoder)
+    choices = ", ".join(map(str, space.choices))
     rows = [
-        ("model", f"{resolve_output(config.model)} ({base_bytes:,} bytes in bf16)"),
+        ("model", f"{resolve_output(config.model)} ({space.base_bytes:,} bytes in bf16)"),
         ("data", str(resolve_output(config.data))),
-        ("layer groups", str(len(layer_groups(decoder, config.layers_per_group)))),
-        ("trials", f"{len(recipes)}, {config.max_concurrent_trials} at a time"),
+        ("choices", f"{choices}, for each of {len(space.groups)} groups of layers"),
+        ("quantizer", f"{config.quantizer} on rungs with real kernels"),
+        ("measured alone", f"each choice of each group, {config.probe_sequences} sequences"),
+        (
+            "trials",
+            f"at most {config.num_trials} in {config.generations} generations, "
+            f"{config.max_concurrent_trials} at a time",
+        ),
     ]
-    alive = len(recipes) - 1
+    alive = config.num_trials
     for number, rung in enumerate(config.rungs):
         kind = "real kernels" if rung.real else "rounded weights"
         rows.append((f"rung {number}", f"{alive} trials, {rung.eval_sequences} sequences, {kind}"))
         alive = max(1, math.ceil(alive * rung.keep_ratio))
     rows.append(("gate", _gate_text(config)))
-    for number, recipe in enumerate(recipes):
-        ratio = predicted_bytes(decoder, recipe) / base_bytes
-        rows.append((f"trial {number}", f"{describe(recipe)} ({ratio:.1%} of the bytes)"))
+    limits = config.limits.model_dump(exclude_none=True)
+    rows += [(f"limits.{name}", f"{value:,}") for name, value in limits.items()]
+    for choice in range(len(space.choices)):
+        uniform = space.uniform(choice)
+        ratio = space.size_bytes(uniform) / space.base_bytes
+        rows.append((f"{space.describe(uniform)}", f"{ratio:.1%} of the bytes"))
     return rows
-
-
-def _recipes(config: SearchConfig, decoder: DecoderConfig) -> tuple[Recipe, ...]:
-    """Return the candidates, the unchanged model first."""
-    recipes = (Recipe(), *(each for each in proposals(config, decoder) if each.steps))
-    if len(recipes) == 1:
-        raise ConfigError(
-            f"`schemes` = {config.schemes} and `sparsities` = {config.sparsities} leave nothing to "
-            "try but the unchanged model. Add a scheme."
-        )
-    return recipes
 
 
 def _check_positions(config: SearchConfig, decoder: DecoderConfig) -> None:
@@ -138,12 +161,19 @@ def _check_positions(config: SearchConfig, decoder: DecoderConfig) -> None:
             f"`seq_len` = {config.seq_len} exceeds the model's {decoder.max_seq_len} positions. "
             "Lower `seq_len`."
         )
+    asked = config.workload.prompt_tokens + config.workload.output_tokens
+    if asked > decoder.max_seq_len:
+        raise ConfigError(
+            f"`workload` asks for {config.workload.prompt_tokens} + "
+            f"{config.workload.output_tokens} tokens, and the model has {decoder.max_seq_len} "
+            "positions. Lower `workload.prompt_tokens` or `workload.output_tokens`."
+        )
 
 
 def _check_data(config: SearchConfig, data: Path, decoder: DecoderConfig) -> None:
     _check_positions(config, decoder)
     needed = {
-        "validation": max(rung.eval_sequences for rung in config.rungs),
+        "validation": max(config.probe_sequences, *(rung.eval_sequences for rung in config.rungs)),
         "test": config.gate.eval_sequences,
     }
     for name, num_sequences in needed.items():

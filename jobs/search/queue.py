@@ -11,12 +11,18 @@ from typing import Any
 from rich.console import Console
 
 import cluster.errors
-from cluster.errors import RaysmithError, SearchError
+from cluster.errors import ConfigError, RaysmithError, SearchError
+from jobs.search.course import Finish, Wanted, decide
 from jobs.search.journal import Journal
+from jobs.search.pareto import Point, front
 from jobs.search.plan import Search
-from jobs.search.rungs import Finish, Result, Task, decide
-from jobs.search.space import describe
+from jobs.search.rungs import measure
+from jobs.search.space import Assignment
+from jobs.search.tasks import Result, Task
 from jobs.search.trial import TrialSpec
+
+# Carried out by the driver, which holds no CPU that a replica needs.
+_OF_DRIVER = "serve"
 
 
 class TaskQueue:
@@ -26,26 +32,26 @@ class TaskQueue:
         self, search: Search, journal: Journal, on_result: Callable[[str], None] | None = None
     ) -> None:
         self._search, self._journal = search, journal
-        self._running: dict[str, Task] = {}
+        self.running: dict[str, Task] = {}
         self._fatal: RaysmithError | None = None
-        self._decision: list[Task] | Finish | None = None
+        self._decision: Wanted | Finish | None = None
         self._print = on_result or _print_progress
 
     def take(self, key: str) -> TrialSpec | None:
         """Return the next task's spec, or None if none can start now; `key` will name it."""
-        if self.is_over or len(self._running) >= self._search.config.max_concurrent_trials:
+        if self.is_over or len(self.running) >= self._search.config.max_concurrent_trials:
             return None
         wanted = self._decide()
-        assert not isinstance(wanted, Finish), "a search that is over wants no task"
-        for task in wanted:
-            if task not in self._running.values():
-                self._running[key] = task
-                return self._search.spec(task)
+        assert isinstance(wanted, Wanted), "a search that is over wants no task"
+        for task in wanted.tasks:
+            if task not in self.running.values():
+                self.running[key] = task
+                return self._search.spec(task, wanted.candidates)
         return None
 
     def give(self, key: str, found: Mapping[str, Any] | None) -> None:
         """Take a task's report: a result, an error that ends the search, or None if it died."""
-        task = self._running.pop(key)
+        task = self.running.pop(key)
         if found is None:
             failed = Result(error="its worker died or raised, twice; Ray's log says why")
             self._journal.leave_out(task, failed)
@@ -56,34 +62,37 @@ class TaskQueue:
             self._record(task, Result.model_validate(json.loads(found["result"])))
 
     @property
-    def is_over(self) -> bool:
-        """Whether no further task will ever be wanted."""
-        return self._fatal is not None or isinstance(self._decide(), Finish)
+    def candidates(self) -> tuple[Assignment, ...]:
+        """The candidates so far, by number."""
+        return self._decide().candidates
 
-    def end(self) -> Finish:
-        """Return the end of the search, or raise the error that ended it."""
+    @property
+    def is_over(self) -> bool:
+        """Whether no further task will ever be wanted of workers."""
+        decision = self._decide()
+        return self._fatal is not None or isinstance(decision, Finish) or _is_of_driver(decision)
+
+    def end(self) -> Finish | Wanted:
+        """Return the end of the search or the driver's own tasks, or raise what ended it."""
         if self._fatal is not None:
             raise self._fatal
         end = self._decide()
-        if not isinstance(end, Finish):
+        if isinstance(end, Wanted) and not _is_of_driver(end):
             raise SearchError(
-                f"the search `{self._search.config.name}` stopped with {len(end)} tasks left. Run "
-                "the same command again: finished trials are kept."
+                f"the search `{self._search.config.name}` stopped with {len(end.tasks)} tasks "
+                "left. Run the same command again: finished trials are kept."
             )
         return end
 
-    def _decide(self) -> list[Task] | Finish:
+    def _decide(self) -> Wanted | Finish:
         """Return the decision on the results so far; Tune asks far more often than they change."""
         if self._decision is not None:
             return self._decision
-        search = self._search
         try:
-            self._decision = decide(
-                search.config, len(search.recipes), search.base_bytes, self._journal.results
-            )
-        except SearchError as error:
+            self._decision = decide(self._search.space, self._journal.results)
+        except (SearchError, ConfigError) as error:
             self._fatal = error
-            self._decision = Finish(winner=None, verdicts={}, finalists=())
+            self._decision = Wanted((), ())
         return self._decision
 
     def _record(self, task: Task, result: Result) -> None:
@@ -91,12 +100,67 @@ class TaskQueue:
         self._tell(task, result)
 
     def _tell(self, task: Task, result: Result) -> None:
+        before = self._decide()
         self._decision = None
-        stage = "gate" if task.rung == len(self._search.config.rungs) else f"rung {task.rung}"
-        quality = result.error or f"loss {sum(result.losses) / len(result.losses):.4f}"
-        recipe = describe(self._search.recipes[task.candidate])
-        size = f", {result.size_bytes:,} bytes" if result.error is None else ""
-        self._print(f"{stage}: {recipe}: {quality}{size}, {result.seconds:.1f} s")
+        if isinstance(before, Wanted):
+            # Only when all that was wanted is there, something else is.
+            left = tuple(each for each in before.tasks if each not in self._journal.results)
+            self._decision = Wanted(before.candidates, left) if left else None
+        self._print(self._line(task, result, before))
+        if self._decision is None and task.stage == "rung":
+            self._print(self._front(task.rung, before))
+
+    def _front(self, rung: int, known: Wanted | Finish) -> str:
+        """Return the best so far on a rung: what no other is smaller and better than."""
+        space, results = self._search.space, self._journal.results
+        base = results[Task(stage="rung", rung=rung)]
+        points = []
+        for number, assignment in enumerate(known.candidates):
+            found = results.get(Task(stage="rung", rung=rung, number=number))
+            if assignment and found is not None and found.error is None and not base.error:
+                measured = measure(space.config, space.base_bytes, base, found)
+                increase = measured.perplexity_increase.point
+                point = Point(
+                    candidate=number, perplexity_increase=increase, size_ratio=measured.size_ratio
+                )
+                points.append(point)
+        best = (f"{each.size_ratio:.1%} {each.perplexity_increase:+.2%}" for each in front(points))
+        return f"front of rung {rung} (size, perplexity): {'; '.join(best) or 'empty'}"
+
+    def _line(self, task: Task, result: Result, known: Wanted | Finish) -> str:
+        seconds = f"{result.seconds:.1f} s"
+        if result.error is not None:
+            return f"{_place(task)}: {self._what(task, known)}: {result.error}, {seconds}"
+        if task.stage == "times" and result.times is not None:
+            found = (f"{name} {ms:.1f} ms" for name, ms in result.times.uniform_ms.items())
+            return f"a request on uniform models: {', '.join(found)}, {seconds}"
+        if task.stage == "probe":
+            pairs = zip(self._search.space.choices, result.divergences, strict=True)
+            found = (f"{choice} {value:.2g}" for choice, value in pairs)
+            return f"alone: {self._what(task, known)}: {', '.join(found)} nats, {seconds}"
+        loss = sum(result.losses) / len(result.losses)
+        return (
+            f"{_place(task)}: {self._what(task, known)}: loss {loss:.4f}, "
+            f"{result.size_bytes:,} bytes, {seconds}"
+        )
+
+    def _what(self, task: Task, known: Wanted | Finish) -> str:
+        space = self._search.space
+        if task.stage == "times":
+            return "kernels"
+        if task.stage == "probe":
+            return space.groups[task.number].title
+        return space.describe(known.candidates[task.number])
+
+
+def _is_of_driver(decision: Wanted | Finish) -> bool:
+    if isinstance(decision, Finish) or not decision.tasks:
+        return False
+    return all(task.stage == _OF_DRIVER for task in decision.tasks)
+
+
+def _place(task: Task) -> str:
+    return f"rung {task.rung}" if task.stage == "rung" else task.stage
 
 
 def _print_progress(line: str) -> None:

@@ -21,26 +21,37 @@ from cluster.storage import (
 from jobs.compression.packing import copy_companions
 from jobs.config import Recipe
 from jobs.evaluation.gate import Verdict
+from jobs.search.course import Finish
+from jobs.search.forecast import emptying, excesses, explain, limits_of
 from jobs.search.pareto import Point, front
 from jobs.search.plan import Search
-from jobs.search.rungs import BASE, Finish, Results, Task, measure, point_of
-from jobs.search.space import describe
+from jobs.search.rungs import measure
+from jobs.search.space import Assignment
+from jobs.search.tasks import BASE, Result, Results, Task
 
 
 class TrialRow(StrictModel):
     """One candidate on the last rung it reached; ratios are over the bf16 model."""
 
     candidate: int
+    assignment: Assignment
     recipe: Recipe
     summary: str
     rung: int
     perplexity: float | None = None
     perplexity_increase: float | None = None
+    perplexity_increase_lower95: float | None = None
     perplexity_increase_upper95: float | None = None
+    predicted_increase: float | None = None
     size_bytes: int | None = None
     size_ratio: float | None = None
     latency_ms: float | None = None
+    """A request of the workload, in this process."""
     latency_ratio: float | None = None
+    predicted_latency_ms: float | None = None
+    served_ms: float | None = None
+    """The same request through Ray Serve; beside it what the kernels' table says of it."""
+    predicted_served_ms: float | None = None
     memory_bytes: int | None = None
     seconds: float = 0.0
     on_front: bool = False
@@ -65,21 +76,22 @@ class SearchOutcome(StrictModel):
         """Return the values to print."""
         return {
             "search": str(self.run_dir / "search.json"),
-            "trials": len(self.trials),
+            "trials": len(self.trials) - 1,  # Without the unchanged model.
             "rungs": self.num_rungs,
             "winner": None if self.winner is None else self.trials[self.winner].summary,
             "model": None if self.winner_path is None else str(self.winner_path),
             "why": self.why,
+            "report": str(self.run_dir / "report.html"),
             **(self.verdict.numbers if self.verdict is not None else {}),
         }
 
 
 def summarise(search: Search, results: Results, end: Finish) -> SearchOutcome:
     """Return the outcome; the front is taken among the candidates of the last rung."""
-    config, recipes = search.config, search.recipes
-    rows = [_row(search, each, results) for each in range(len(recipes))]
+    config = search.config
+    rows = [_row(search, end, each, results) for each in range(len(end.candidates))]
     last = [row for row in rows if row.rung == len(config.rungs) - 1 and row.error is None]
-    on_front = {point.candidate for point in front([_point(row) for row in last])}
+    on_front = {point.candidate for point in front([_point(row) for row in last if row.assignment])}
     winner = end.winner
     return SearchOutcome(
         name=config.name,
@@ -91,7 +103,7 @@ def summarise(search: Search, results: Results, end: Finish) -> SearchOutcome:
         winner=winner,
         winner_path=search.run_dir / "winner" if winner is not None else None,
         verdict=_nearest(end) if winner is None else end.verdicts[winner],
-        why=_why(end, recipes),
+        why=_why(search, end, rows),
     )
 
 
@@ -124,34 +136,59 @@ def write_winner(search: Search, outcome: SearchOutcome) -> Path:
     return target
 
 
-def _row(search: Search, candidate: int, results: Results) -> TrialRow:
-    config, recipe = search.config, search.recipes[candidate]
-    rungs = [r for r in range(len(config.rungs)) if Task(rung=r, candidate=candidate) in results]
-    rung = max(rungs, default=0)
-    found = results[Task(rung=rung, candidate=candidate)]
-    values: dict[str, Any] = {
-        "candidate": candidate,
-        "recipe": recipe,
-        "summary": describe(recipe),
-        "rung": rung,
-        "seconds": sum(results[Task(rung=r, candidate=candidate)].seconds for r in rungs),
-        "error": found.error,
-    }
-    if found.error is None:
-        base = results[Task(rung=rung, candidate=BASE)]
-        measured = measure(config, search.base_bytes, base, found)
-        point = point_of(candidate, measured)
-        values |= {
-            "perplexity": measured.perplexity,
-            "perplexity_increase": point.perplexity_increase,
-            "perplexity_increase_upper95": measured.perplexity_increase.upper,
-            "size_bytes": measured.size_bytes,
-            "size_ratio": point.size_ratio,
-            "latency_ms": measured.latency_ms,
-            "latency_ratio": point.latency_ratio,
-            "memory_bytes": found.memory_bytes,
-        }
-    return TrialRow(**values)
+def _row(search: Search, end: Finish, candidate: int, results: Results) -> TrialRow:
+    config, assignment = search.config, end.candidates[candidate]
+    tasks = [Task(stage="rung", rung=rung, number=candidate) for rung in range(len(config.rungs))]
+    ran = [task for task in tasks if task in results]
+    task = ran[-1] if ran else tasks[0]
+    found = results[task]
+    row = TrialRow(
+        candidate=candidate,
+        assignment=assignment,
+        recipe=search.space.recipe(assignment, real=config.rungs[task.rung].real),
+        summary=search.space.describe(assignment),
+        rung=task.rung,
+        predicted_latency_ms=end.forecast.latency_ms(assignment),
+        predicted_increase=end.forecast.point(candidate, assignment).perplexity_increase,
+        seconds=sum(results[each].seconds for each in ran),
+        error=found.error,
+        **_served(end, candidate, results),
+    )
+    if found.error is not None:
+        return row
+    base = results[task.replace(number=BASE)]
+    measured = measure(config, search.space.base_bytes, base, found)
+    return row.replace(
+        perplexity=measured.perplexity,
+        perplexity_increase=measured.perplexity_increase.point,
+        perplexity_increase_lower95=measured.perplexity_increase.lower,
+        perplexity_increase_upper95=measured.perplexity_increase.upper,
+        size_bytes=measured.size_bytes,
+        size_ratio=measured.size_ratio,
+        latency_ms=found.request_ms,
+        latency_ratio=_ratio(found),
+        memory_bytes=found.memory_bytes,
+    )
+
+
+def _ratio(found: Result) -> float | None:
+    if found.request_ms is None or not found.base_request_ms:
+        return None
+    return found.request_ms / found.base_request_ms
+
+
+def _served(end: Finish, candidate: int, results: Results) -> dict[str, float | None]:
+    """Return a candidate's time through Ray Serve, and what was to be expected.
+
+    What Serve adds to the kernels is taken from the unchanged model, served first.
+    """
+    base = results.get(Task(stage="serve", number=BASE))
+    found = results.get(Task(stage="serve", number=candidate))
+    if base is None or found is None or base.request_ms is None:
+        return {}
+    added_ms = base.request_ms - end.forecast.base_ms
+    expected_ms = end.forecast.latency_ms(end.candidates[candidate]) + added_ms
+    return {"served_ms": found.request_ms, "predicted_served_ms": expected_ms}
 
 
 def _point(row: TrialRow) -> Point:
@@ -170,10 +207,10 @@ def _nearest(end: Finish) -> Verdict | None:
     return min(end.verdicts.values(), key=lambda verdict: len(verdict.reasons), default=None)
 
 
-def _why(end: Finish, recipes: Sequence[Recipe]) -> str:
+def _why(search: Search, end: Finish, rows: Sequence[TrialRow]) -> str:
     if end.winner is not None:
         return (
-            f"{describe(recipes[end.winner])}: of {len(end.finalists)} finalists, by size, the "
+            f"{rows[end.winner].summary}: of {len(end.finalists)} finalists, by size, the "
             f"first to pass the gate on data no rung had seen ({len(end.verdicts)} judged there)"
         )
     nearest = min(end.verdicts, key=lambda each: len(end.verdicts[each].reasons), default=None)
@@ -182,8 +219,22 @@ def _why(end: Finish, recipes: Sequence[Recipe]) -> str:
     reasons = "; ".join(end.verdicts[nearest].reasons)
     return (
         f"none of {len(end.finalists)} finalists passed the gate; the nearest was "
-        f"{describe(recipes[nearest])}: {reasons}"
+        f"{rows[nearest].summary}: {reasons}{_emptied_by(search, end, rows)}"
     )
+
+
+def _emptied_by(search: Search, end: Finish, rows: Sequence[TrialRow]) -> str:
+    """Return which limits leave nothing of what was tried, if the measured points say so."""
+    limits = limits_of(search.space)
+    every = []
+    for row in rows:
+        if row.error is None and row.assignment and row.perplexity_increase is not None:
+            values = end.forecast.values(row.assignment)
+            values["max_perplexity_increase"] = row.perplexity_increase
+            every.append(excesses(values, limits))
+    if not every or not all(every):
+        return ""
+    return f" (of all that was tried: {explain(emptying(every))})"
 
 
 def _winner_manifest(search: Search, outcome: SearchOutcome, row: TrialRow) -> dict[str, Any]:
@@ -193,7 +244,12 @@ def _winner_manifest(search: Search, outcome: SearchOutcome, row: TrialRow) -> d
         "kind": "model",
         "recipe": row.recipe.model_dump(mode="json"),
         "gate": outcome.verdict.model_dump(mode="json"),
-        "metrics": {**outcome.verdict.numbers, "memory_bytes": row.memory_bytes},
+        "metrics": {
+            **outcome.verdict.numbers,
+            "memory_bytes": row.memory_bytes,
+            "request_ms": row.latency_ms,
+            "served_ms": row.served_ms,
+        },
         "lineage": {
             **parent.get("lineage", {}),
             "parent_digest": parent["self_sha256"],

@@ -1,43 +1,67 @@
-"""The recipes a search tries: one choice of format and sparsity for every group of layers.
+"""What a search may choose: one format and sparsity for every group of layers.
 
-Takes a SearchConfig and the shape of a decoder; gives distinct recipes in the order they are worth
-trying. Pure: it does not know how a recipe is applied or scored.
+Takes a SearchConfig and the shape of a decoder; gives the groups, the choices and what each takes
+in bytes, and turns an assignment of choices into a recipe. Pure: it does not know how a recipe is
+applied or scored, nor which assignments are worth trying.
 
-A group is the attention or the MLP of `layers_per_group` consecutive blocks, because kernels fuse
-q, k and v, and gate and up: they share a choice.
+A group is a part of `layers_per_group` consecutive blocks. Kernels fuse q, k and v, and gate and
+up: no part divides them, so they share a choice.
+
+S groups, C choices
 """
 
-import random
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cluster.errors import ConfigError
+from jobs.compression.layers import linear_shapes
 from jobs.compression.recipe import predicted_bytes
 from jobs.config import DecoderConfig, Recipe, SearchConfig, Step
-from jobs.kernels.formats import GROUPED
+from jobs.config.search import Granularity
+from jobs.kernels.formats import GROUPED, Layout
 
-_PARTS = ("self_attn", "mlp")
+_ATTENTION, _MLP = "self_attn", "mlp"
+_PARTS: Mapping[Granularity, Mapping[str, tuple[str, ...]]] = {
+    "part": {_ATTENTION: (f"{_ATTENTION}.*",), _MLP: (f"{_MLP}.*",)},
+    "fused": {
+        "qkv": tuple(f"{_ATTENTION}.{name}_proj" for name in "qkv"),
+        "o": (f"{_ATTENTION}.o_proj",),
+        "gate_up": (f"{_MLP}.gate_proj", f"{_MLP}.up_proj"),
+        "down": (f"{_MLP}.down_proj",),
+    },
+}
 _GROUP_SIZES = (128, 64, 32)
 _DENSE = "bf16"
-_RANDOM_TRIES = 50
-_GROUP_TARGET = re.compile(r"model\.layers\.(?P<block>\d+)\.(?P<part>\w+)\.\*")
+
+Assignment = tuple[int, ...]  # The index of a choice for every group; empty: the unchanged model.
+UNCHANGED: Assignment = ()
 
 
 @dataclass(frozen=True, order=True)
 class Group:
     """Layers that share a choice: one part of the blocks [first, stop)."""
 
-    part: str
     first: int
+    part: str
     stop: int
+    layers: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return f"{self.part} {_ranges(range(self.first, self.stop))}"
 
     @property
     def targets(self) -> tuple[str, ...]:
         """Patterns over the names of this group's linear layers."""
         return tuple(
-            f"model.layers.{block}.{self.part}.*" for block in range(self.first, self.stop)
+            f"model.layers.{block}.{layer}"
+            for block in range(self.first, self.stop)
+            for layer in self.layers
         )
 
 
@@ -48,161 +72,183 @@ class Choice:
     scheme: str
     sparsity: float
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether the group stays as it is."""
+        return self.scheme == _DENSE and not self.sparsity
 
-Assignment = Mapping[Group, Choice]
+    def __str__(self) -> str:
+        pruned = f"{self.sparsity:.0%} zeros, " if self.sparsity else ""
+        return f"{pruned}{self.scheme}"
 
 
-def proposals(config: SearchConfig, decoder: DecoderConfig) -> list[Recipe]:
-    """Return at most `num_trials` distinct recipes; the same seed gives the same list.
+@dataclass(frozen=True)
+class Space:
+    """Every assignment a search may try; sizes are additive over groups."""
 
-    First every uniform recipe; then those that can meet the size limit: uniform ones with one part
-    of all blocks changed, with one group changed, and random mixtures; then the same kinds beyond
-    the limit, which show what quality the bytes would buy. Fewer come back if the space is smaller.
+    config: SearchConfig
+    decoder: DecoderConfig
+    groups: tuple[Group, ...]
+    choices: tuple[Choice, ...]
+    base_bytes: int
+    saved_bytes_SC: NDArray[np.int64]  # noqa: N815
+    saved_memory_SC: NDArray[np.int64]  # noqa: N815
+
+    def uniform(self, choice: int) -> Assignment:
+        """Return the assignment that makes one choice everywhere."""
+        return (choice,) * len(self.groups)
+
+    def size_bytes(self, assignment: Assignment) -> int:
+        """Return the bytes of all weights on disk, but for the file's header."""
+        return self.base_bytes - self._saved(self.saved_bytes_SC, assignment)
+
+    def memory_bytes(self, assignment: Assignment) -> int:
+        """Return the bytes of all weights in memory, as their formats say."""
+        return self.base_bytes - self._saved(self.saved_memory_SC, assignment)
+
+    def recipe(self, assignment: Assignment, *, real: bool) -> Recipe:
+        """Return the recipe that carries an assignment out: pruning first, then quantization.
+
+        `real` takes the methods that the config asks for, else the plain ones that need no text.
+        Groups of equal choice share a step, and a step that covers all groups targets `*`.
+        """
+        chosen = {g: self.choices[c] for g, c in zip(self.groups, assignment, strict=False)}
+        steps: list[Step] = []
+        for sparsity in sorted({choice.sparsity for choice in chosen.values()} - {0.0}):
+            targets = _targets([g for g, c in chosen.items() if c.sparsity == sparsity], chosen)
+            method = self.config.pruning if real else "magnitude"
+            steps.append(Step(method=method, targets=targets, options={"sparsity": sparsity}))
+        quantized = [group for group, choice in chosen.items() if choice.scheme != _DENSE]
+        *preparing, quantizing = self.config.quantizer.split("+") if real else ["rtn"]
+        if quantized:
+            targets = _targets(quantized, chosen)
+            steps.extend(Step(method=method, targets=targets) for method in preparing)
+        for scheme in sorted({choice.scheme for choice in chosen.values()} - {_DENSE}):
+            targets = _targets([g for g, c in chosen.items() if c.scheme == scheme], chosen)
+            steps.append(_quantize(quantizing, scheme, targets, self.decoder))
+        kv_cache = self.config.kv_cache if assignment else "auto"
+        return Recipe(steps=tuple(steps), kv_cache=kv_cache)
+
+    def alone(self, group: int, choice: int) -> Recipe:
+        """Return the recipe that makes one choice for one group, by plain methods."""
+        made, targets = self.choices[choice], self.groups[group].targets
+        steps: list[Step] = []
+        if made.sparsity:
+            options: dict[str, object] = {"sparsity": made.sparsity}
+            steps.append(Step(method="magnitude", targets=targets, options=options))
+        if made.scheme != _DENSE:
+            steps.append(_quantize("rtn", made.scheme, targets, self.decoder))
+        return Recipe(steps=tuple(steps))
+
+    def describe(self, assignment: Assignment) -> str:
+        """Return a short text for tables: what is done to which part of which blocks."""
+        found: dict[Choice, list[Group]] = {}
+        for group, number in zip(self.groups, assignment, strict=False):
+            found.setdefault(self.choices[number], []).append(group)
+        if not found:
+            return _DENSE
+        if len(found) == 1:
+            return f"{next(iter(found))} all"
+        return "; ".join(f"{choice} {_where(groups)}" for choice, groups in sorted(found.items()))
+
+    @staticmethod
+    def _saved(saved_SC: NDArray[np.int64], assignment: Assignment) -> int:
+        if not assignment:
+            return 0
+        return int(saved_SC[np.arange(len(assignment)), list(assignment)].sum())
+
+
+def build_space(config: SearchConfig, decoder: DecoderConfig) -> Space:
+    """Return the space of a search over models of this shape.
+
+    Raises ConfigError where no group size of int4 or int3 divides the model's widths, and where
+    nothing but the unchanged model could be chosen.
     """
-    groups = layer_groups(decoder, config.layers_per_group)
-    choices = sorted({Choice(s, p) for s, p in product(config.schemes, config.sparsities)})
-    generator = random.Random(config.seed)
-    sizes = _Sizes(decoder)
-    limit_bytes = config.gate.max_size_ratio * sizes.base_bytes
-    recipes: list[Recipe] = []
-    beyond: list[Recipe] = []
-    for index, assignment in enumerate(_assignments(groups, choices, generator, config)):
-        if len(recipes) >= config.num_trials:
-            break
-        recipe = build_recipe(assignment, decoder)
-        if recipe in recipes or recipe in beyond:
-            continue
-        is_uniform = index < len(choices)
-        fits = is_uniform or sizes.of(assignment) <= limit_bytes
-        (recipes if fits else beyond).append(recipe)
-    return (recipes + beyond)[: config.num_trials]
+    choices = tuple(sorted({Choice(s, p) for s, p in product(config.schemes, config.sparsities)}))
+    if all(choice.is_nothing for choice in choices):
+        raise ConfigError(
+            f"`schemes` = {config.schemes} and `sparsities` = {config.sparsities} leave nothing to "
+            "try but the unchanged model. Add a scheme."
+        )
+    groups = tuple(layer_groups(decoder, config.layers_per_group, config.granularity))
+    stored, resident = _bytes_saved(decoder, groups, choices)
+    return Space(
+        config, decoder, groups, choices, predicted_bytes(decoder, Recipe()), stored, resident
+    )
 
 
-def layer_groups(decoder: DecoderConfig, layers_per_group: int) -> list[Group]:
+def layer_groups(
+    decoder: DecoderConfig, layers_per_group: int, granularity: Granularity = "part"
+) -> list[Group]:
     """Return the groups of a decoder, in order of the blocks."""
     return [
-        Group(part, first, min(first + layers_per_group, decoder.num_layers))
+        Group(first, part, min(first + layers_per_group, decoder.num_layers), layers)
         for first in range(0, decoder.num_layers, layers_per_group)
-        for part in _PARTS
+        for part, layers in _PARTS[granularity].items()
     ]
 
 
-def build_recipe(assignment: Assignment, decoder: DecoderConfig) -> Recipe:
-    """Return the recipe that carries out an assignment: pruning first, then quantization.
-
-    Groups of equal choice share a step, and a step that covers all groups targets `*`.
-    """
-    steps: list[Step] = []
-    for sparsity in sorted({choice.sparsity for choice in assignment.values()} - {0.0}):
-        chosen = [group for group in assignment if assignment[group].sparsity == sparsity]
-        targets = _targets(chosen, assignment)
-        steps.append(Step(method="magnitude", targets=targets, options={"sparsity": sparsity}))
-    for scheme in sorted({choice.scheme for choice in assignment.values()} - {_DENSE}):
-        chosen = [group for group in assignment if assignment[group].scheme == scheme]
-        steps.append(_quantize(scheme, _targets(chosen, assignment), decoder))
-    return Recipe(steps=tuple(steps))
+def layers_of(group: Group, names: Sequence[str]) -> list[str]:
+    """Return which of these linear layers belong to a group."""
+    prefixes = tuple(target.removesuffix("*") for target in group.targets)
+    return [name for name in names if name.startswith(prefixes)]
 
 
-def describe(recipe: Recipe) -> str:
-    """Return a short text for tables: what is done to which part of which blocks."""
-    parts = [f"{_describe_options(step)} {_describe_targets(step)}" for step in recipe.steps]
-    if recipe.kv_cache != "auto":
-        parts.append(f"{recipe.kv_cache} cache")
-    return "; ".join(parts) or _DENSE
+def _bytes_saved(
+    decoder: DecoderConfig, groups: Sequence[Group], choices: Sequence[Choice]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return bytes that each choice saves of each group, on disk and in memory: [S, C] each."""
+    shapes = linear_shapes(decoder)
+    saved = np.zeros((2, len(groups), len(choices)), np.int64)
+    for s, group in enumerate(groups):
+        mine = [shapes[name] for name in layers_of(group, list(shapes))]
+        for c, choice in enumerate(choices):
+            layout = layout_of(choice.scheme, decoder)
+            for shape in mine:
+                dense_bytes = Layout("bf16").stored_bytes(*shape)
+                saved[0, s, c] += dense_bytes - layout.stored_bytes(*shape)
+                saved[1, s, c] += dense_bytes - layout.computable().stored_bytes(*shape)
+    return saved[0], saved[1]
 
 
-class _Sizes:
-    """Bytes of assignments, as a sum over groups: blocks are alike, so few need to be asked for."""
-
-    def __init__(self, decoder: DecoderConfig) -> None:
-        self.base_bytes = predicted_bytes(decoder, Recipe())
-        self._decoder = decoder
-        self._saved: dict[tuple[str, int, str], int] = {}
-
-    def of(self, assignment: Assignment) -> int:
-        """Return the bytes of all weights under an assignment."""
-        saved = (self._saved_bytes(group, choice.scheme) for group, choice in assignment.items())
-        return self.base_bytes - sum(saved)
-
-    def _saved_bytes(self, group: Group, scheme: str) -> int:
-        if scheme == _DENSE:
-            return 0
-        key = (group.part, group.stop - group.first, scheme)
-        if key not in self._saved:
-            step = _quantize(scheme, group.targets, self._decoder)
-            alone = predicted_bytes(self._decoder, Recipe(steps=(step,)))
-            self._saved[key] = self.base_bytes - alone
-        return self._saved[key]
+def layout_of(scheme: str, decoder: DecoderConfig) -> Layout:
+    """Return the format of a scheme on this model: with the largest group size that divides."""
+    group_size = _group_size(decoder) if scheme in GROUPED else None
+    return Layout(scheme, group_size)  # type: ignore[arg-type]  # a choice's scheme is a Scheme
 
 
-def _assignments(
-    groups: list[Group],
-    choices: list[Choice],
-    generator: random.Random,
-    config: SearchConfig,
-) -> Iterator[Assignment]:
-    for choice in choices:
-        yield dict.fromkeys(groups, choice)
-    if len(choices) < 2:
-        return
-    swaps = [(base, other) for base in choices for other in choices if base != other]
-    for (base, other), part in product(swaps, _PARTS):
-        yield {group: other if group.part == part else base for group in groups}
-    singles = list(product(swaps, groups))
-    generator.shuffle(singles)
-    for (base, other), changed in singles:
-        yield {group: other if group == changed else base for group in groups}
-    for _ in range(_RANDOM_TRIES * config.num_trials):
-        yield {group: generator.choice(choices) for group in groups}
-
-
-def _quantize(scheme: str, targets: tuple[str, ...], decoder: DecoderConfig) -> Step:
+def _quantize(method: str, scheme: str, targets: tuple[str, ...], decoder: DecoderConfig) -> Step:
     options: dict[str, object] = {"scheme": scheme}
     if scheme in GROUPED:
         options["group_size"] = _group_size(decoder)
-    return Step(method="rtn", targets=targets, options=options)
+    return Step(method=method, targets=targets, options=options)
 
 
-def _targets(chosen: list[Group], assignment: Assignment) -> tuple[str, ...]:
-    if len(chosen) == len(assignment):
+def _targets(groups: Sequence[Group], chosen: Mapping[Group, Choice]) -> tuple[str, ...]:
+    if len(groups) == len(chosen):
         return ("*",)
-    return tuple(target for group in sorted(chosen) for target in group.targets)
+    return tuple(target for group in groups for target in group.targets)
 
 
 def _group_size(decoder: DecoderConfig) -> int:
-    inputs = (
-        decoder.hidden_size,
-        decoder.intermediate_size,
-        decoder.num_heads * decoder.resolved_head_dim,
-    )
+    inputs = sorted({columns for _, columns in linear_shapes(decoder).values()})
     for size in _GROUP_SIZES:
         if all(features % size == 0 for features in inputs):
             return size
     raise ConfigError(
         f"`schemes` asks for weights by group, and no group size of {_GROUP_SIZES} divides all of "
-        f"this model's widths {inputs}. Leave {', '.join(GROUPED)} out of `schemes`."
+        f"this model's widths {tuple(inputs)}. Leave {', '.join(GROUPED)} out of `schemes`."
     )
 
 
-def _describe_options(step: Step) -> str:
-    if step.method == "magnitude":
-        return f"prune {step.options['sparsity']:.0%}"
-    return str(step.options.get("scheme", step.method))
-
-
-def _describe_targets(step: Step) -> str:
-    if step.targets == ("*",):
-        return "all"
+def _where(groups: Sequence[Group]) -> str:
     blocks: dict[str, list[int]] = {}
-    for target in step.targets:
-        found = _GROUP_TARGET.fullmatch(target)
-        if found is None:
-            return ", ".join(step.targets)
-        blocks.setdefault(found["part"], []).append(int(found["block"]))
+    for group in groups:
+        blocks.setdefault(group.part, []).extend(range(group.first, group.stop))
     return ", ".join(f"{part} {_ranges(numbers)}" for part, numbers in blocks.items())
 
 
-def _ranges(numbers: list[int]) -> str:
+def _ranges(numbers: Sequence[int]) -> str:
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:

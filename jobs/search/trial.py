@@ -1,26 +1,47 @@
-"""Score one recipe: apply it, and measure losses, bytes and latency.
+"""Carry out one task of a search: time kernels, measure choices alone, or score one recipe.
 
 Takes a TrialSpec, all of it values and paths; gives a Result. It reads the dense model and the
 packed data from disk and knows neither Ray nor which trials there are.
 """
 
+import statistics
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cluster.config import StrictModel
 from cluster.errors import ModelFormatError, RecipeError
 from cluster.storage import read_manifest, staged_directory
-from jobs.compression.packing import load_model, save_compressed
-from jobs.compression.recipe import apply_recipe, predicted_bytes
-from jobs.config import Recipe
+from jobs.compression.packing import LoadedModel, load_model, save_compressed
+from jobs.compression.recipe import Compressed, apply_recipe, needs_text, predicted_bytes
+from jobs.compression.text import read_text
+from jobs.config import CalibrationConfig, Recipe, Workload
 from jobs.data.tokens import Split, open_split
 from jobs.evaluation.compare import time_beside, weight_file_bytes
+from jobs.evaluation.kernel_times import kernel_times
+from jobs.evaluation.latency import request_times
 from jobs.evaluation.quality import sequence_losses
-from jobs.models import decoder
-from jobs.search.rungs import Result
+from jobs.kernels.formats import Layout, Scheme
+from jobs.models import _hf, decoder
+from jobs.models.decoder import Decoder
+from jobs.search.probe import divergences
+from jobs.search.tasks import Result, Stage
+
+_REPEATS = 7
+
+
+class Format(StrictModel):
+    """A format whose kernels are timed."""
+
+    scheme: Scheme
+    group_size: int | None = None
+
+    def layout(self) -> Layout:
+        """Return it as kernels know it."""
+        return Layout(self.scheme, self.group_size)
 
 
 class TrialSpec(StrictModel):
@@ -30,15 +51,23 @@ class TrialSpec(StrictModel):
     the real kernels are measured; without it, weights are only rounded.
     """
 
+    stage: Stage
     model: Path
     data: Path
-    recipe: Recipe
-    split: Split
-    num_sequences: int
     seq_len: int
     seed: int
+    workload: Workload
+    recipe: Recipe = Recipe()
+    calibration: CalibrationConfig | None = None
+    split: Split = "validation"
+    num_sequences: int = 1
     packed: Path | None = None
-    times_latency: bool = False
+    times_request: bool = False
+    formats: tuple[Format, ...] = ()
+    """At the stage `times`."""
+    alone: tuple[Recipe, ...] = ()
+    """At the stage `probe`: what is done to one group, whose first block is `first_block`."""
+    first_block: int = 0
 
 
 def run_trial(spec: TrialSpec) -> Result:
@@ -48,16 +77,28 @@ def run_trial(spec: TrialSpec) -> Result:
     """
     began = time.perf_counter()
     try:
-        result = _score_packed(spec) if spec.packed is not None else _score_rounded(spec)
+        result = _run(spec)
     except (RecipeError, ModelFormatError) as error:
         result = Result(error=error.message)
     return result.replace(seconds=time.perf_counter() - began)
 
 
+def _run(spec: TrialSpec) -> Result:
+    if spec.stage == "times":
+        shape = _hf.from_hf_config(_hf.read_config(spec.model))
+        layouts = [each.layout() for each in spec.formats]
+        return Result(times=kernel_times(spec.model, shape, layouts, spec.workload))
+    if spec.stage == "probe":
+        tokens_BT = torch.from_numpy(_sequences(spec)[:, :-1].copy())
+        dense = decoder.load(spec.model)
+        return Result(divergences=divergences(dense, spec.alone, spec.first_block, tokens_BT))
+    return _score_packed(spec) if spec.packed is not None else _score_rounded(spec)
+
+
 def _score_rounded(spec: TrialSpec) -> Result:
-    dense = decoder.load(spec.model)
-    size_bytes = predicted_bytes(dense.config, spec.recipe)
-    model = apply_recipe(dense, spec.recipe).model
+    shape = _hf.from_hf_config(_hf.read_config(spec.model))
+    size_bytes = predicted_bytes(shape, spec.recipe)
+    model = _compress(spec).model
     losses = sequence_losses(model, _sequences(spec), kv_cache=spec.recipe.kv_cache)
     return Result(losses=tuple(losses.tolist()), size_bytes=size_bytes)
 
@@ -75,15 +116,41 @@ def _score_packed(spec: TrialSpec) -> Result:
     result = Result(
         losses=tuple(losses.tolist()), size_bytes=size_bytes, memory_bytes=loaded.weight_bytes
     )
-    if not spec.times_latency:
+    if not spec.times_request:
         return result
-    latency, base_latency = time_beside(loaded, load_model(spec.model, verify=False))
-    return result.replace(latency_ms=latency.p50_ms, base_latency_ms=base_latency.p50_ms)
+    return _timed(spec, result, loaded)
+
+
+def _timed(spec: TrialSpec, result: Result, loaded: LoadedModel) -> Result:
+    base = load_model(spec.model, verify=False)
+    latency, base_latency = time_beside(loaded, base)
+    request_ms, base_request_ms = request_times(
+        [loaded.model, base.model],
+        prompt_tokens=spec.workload.prompt_tokens,
+        output_tokens=spec.workload.output_tokens,
+        repeats=_REPEATS,
+        kv_caches=[loaded.kv_cache, base.kv_cache],
+    )
+    return result.replace(
+        latency_ms=latency.p50_ms,
+        base_latency_ms=base_latency.p50_ms,
+        request_ms=statistics.median(request_ms),
+        base_request_ms=statistics.median(base_request_ms),
+    )
 
 
 def _sequences(spec: TrialSpec) -> NDArray[np.int64]:
     split = open_split(spec.data, spec.split, verify=False)  # checked once, by the plan
     return split.sample(spec.num_sequences, spec.seq_len, spec.seed)
+
+
+def _compress(spec: TrialSpec) -> Compressed[Decoder]:
+    shape = _hf.from_hf_config(_hf.read_config(spec.model))
+    text = None
+    if needs_text(shape, spec.recipe, has_text=spec.calibration is not None):
+        assert spec.calibration is not None, "refused before"
+        text = read_text(spec.calibration, spec.model, shape)
+    return apply_recipe(decoder.load(spec.model), spec.recipe, text)
 
 
 def _pack(spec: TrialSpec, target: Path) -> None:
@@ -96,6 +163,6 @@ def _pack(spec: TrialSpec, target: Path) -> None:
         found = read_manifest(target)
         if all(found.get(key) == value for key, value in manifest.items()):
             return
-    compressed = apply_recipe(decoder.load(spec.model), spec.recipe)
+    compressed = _compress(spec)
     with staged_directory(target, manifest, replace=True) as staging:
         save_compressed(compressed, staging)

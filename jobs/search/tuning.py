@@ -18,10 +18,10 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from cluster.errors import RaysmithError
+from jobs.search.course import Finish, Wanted
 from jobs.search.journal import Journal
 from jobs.search.plan import Search
 from jobs.search.queue import TaskQueue
-from jobs.search.rungs import Finish
 from jobs.search.trial import TrialSpec, run_trial
 
 _ENVIRONMENT = {
@@ -33,8 +33,8 @@ _ENVIRONMENT = {
 }
 
 
-def run_tasks(search: Search, journal: Journal) -> Finish:
-    """Run what is left of a search on the connected cluster; return its end.
+def run_tasks(search: Search, journal: Journal) -> Finish | Wanted:
+    """Run what is left of a search on the connected cluster; return what comes next.
 
     A worker that dies is replaced once; a task that fails again counts as that candidate's error.
     Raises what a trial raised where it was no property of its recipe (damaged files, full disk).

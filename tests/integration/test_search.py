@@ -8,14 +8,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import optuna
 import pytest
+import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import write_random_data
 
 from cluster.session import HeadConfig, Session, start_head, stop_head
 from cluster.storage import read_manifest, staged_directory, verify_directory
 from jobs.compression.packing import load_model
 from jobs.config import DecoderConfig, PublishConfig
+from jobs.data.tokenizer import copy_tokenizer, train_tokenizer
 from jobs.evaluation.gate import require_passed
 from jobs.models.decoder import build, save
 from jobs.publish import publish
@@ -25,13 +29,15 @@ from jobs.search.journal import Journal
 pytestmark = pytest.mark.ray
 
 DECODER = DecoderConfig(
-    vocab_size=256,
+    vocab_size=300,
     hidden_size=128,
     intermediate_size=256,
     num_layers=4,
     num_heads=4,
     num_kv_heads=2,
     max_seq_len=64,
+    bos_token_id=0,
+    eos_token_id=1,
 )
 
 
@@ -40,8 +46,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a dense model and packed data, as a training run leaves them."""
     folder = tmp_path_factory.mktemp("search")
     with staged_directory(folder / "model", {"kind": "model", "lineage": {"run": "r"}}) as staging:
-        save(build(DECODER, seed=0), staging)
-        (staging / "tokenizer.json").write_text("{}")
+        model = build(DECODER, seed=0)
+        with torch.no_grad():  # Its logit is 0, never the highest: no answer ends early.
+            model.model.embed_tokens.weight[1] = 0
+        save(model, staging)
+        train_tokenizer(["def read_file(path): return path\n" * 20], 300, folder / "tokenizer")
+        copy_tokenizer(folder / "tokenizer", staging)
     write_random_data(folder / "data", vocab_size=256, num_tokens=4000)
     return folder
 
@@ -64,6 +74,9 @@ def _write_config(home: Path, name: str, **changes: object) -> Path:
         "data": "data",
         "seq_len": 32,
         "num_trials": 12,
+        "probe_sequences": 4,
+        "workload": {"prompt_tokens": 16, "output_tokens": 8},
+        "served_finalists": 0,
         "rungs": [
             {"eval_sequences": 8, "keep_ratio": 0.3},
             {"eval_sequences": 16, "real": True},
@@ -93,7 +106,7 @@ def _journal(home: Path, name: str) -> list[str]:
 def test_search_when_the_driver_is_killed_goes_on_and_finds_a_winner_that_publishes(
     home: Path, session: Session
 ) -> None:
-    config = _write_config(home, "resumed")
+    config = _write_config(home, "resumed", served_finalists=1)
     driver = _start(session, config)
     assert driver.stderr is not None
     num_lines = 0
@@ -120,6 +133,7 @@ def test_search_when_the_driver_is_killed_goes_on_and_finds_a_winner_that_publis
     assert summary["size_ratio"] <= 0.45
     assert summary["latency_ms"] > 0
     _check_winner(home / "runs" / "resumed" / "winner", home)
+    _check_records(home / "runs" / "resumed")
 
 
 def _check_winner(winner: Path, home: Path) -> None:
@@ -135,21 +149,56 @@ def _check_winner(winner: Path, home: Path) -> None:
     assert Registry(registry).resolve("tiny@production").metrics["size_ratio"] <= 0.45
 
 
+def _check_records(run_dir: Path) -> None:
+    document = json.loads((run_dir / "search.json").read_text())
+    winner = document["trials"][document["winner"]]
+    assert winner["served_ms"] > winner["latency_ms"] / 2
+    assert winner["predicted_served_ms"] > 0
+    study = optuna.load_study(study_name="resumed", storage=f"sqlite:///{run_dir}/optuna.db")
+    states = [trial.state.name for trial in study.trials]
+    assert len(states) == 12
+    assert states.count("COMPLETE") == 4  # 0.3 of 12, rounded up
+    assert set(states) == {"COMPLETE", "PRUNED"}
+    assert {tuple(trial.params) for trial in study.trials} == {
+        ("self_attn 0-1", "mlp 0-1", "self_attn 2-3", "mlp 2-3")
+    }
+    events = EventAccumulator(str(run_dir / "events"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("trials/size_ratio")] == list(range(13))
+    page = (run_dir / "report.html").read_text()
+    assert "Why this model won" in page
+    assert page.count("<svg") == 3
+
+
+def test_search_when_no_model_can_keep_to_the_limits_exits_2_and_names_the_nearest(
+    home: Path, session: Session
+) -> None:
+    config = _write_config(home, "contradictory", limits={"max_bytes": 1000})
+    _, err = _start(session, config).communicate(timeout=120)
+    assert "`max_bytes` leaves nothing of what the others allow" in err
+    assert "The nearest is `w4a16 all`" in err
+
+
 def test_search_when_the_gate_refuses_all_exits_1_and_leaves_the_trials(
     home: Path, session: Session
 ) -> None:
-    gate = {"eval_sequences": 16, "bootstrap_samples": 200, "max_size_ratio": 0.01}
+    gate = {
+        "eval_sequences": 16,
+        "bootstrap_samples": 200,
+        "max_size_ratio": 0.9,
+        "max_perplexity_increase": 1e-9,
+    }
     config = _write_config(
         home,
         "refused",
         gate=gate,
-        schemes=["w8a8"],
+        schemes=["w3a16"],
         rungs=[{"eval_sequences": 8, "real": True}],
     )
     driver = _start(session, config)
     _, err = driver.communicate(timeout=120)
     assert driver.returncode == 1
-    assert "the nearest was w8a8 all" in err
+    assert "the nearest was w3a16 all" in err
     document = json.loads((home / "runs" / "refused" / "search.json").read_text())
     assert document["winner"] is None
     assert not document["verdict"]["passed"]

@@ -1,11 +1,13 @@
 import math
+from itertools import combinations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.config import GateConfig
-from jobs.search.pareto import Point, front, ranks, violation
+from jobs.search.pareto import Point, front, hypervolume, ranks, spread, violation
 
 
 def _point(candidate: int, increase: float, size: float, latency: float | None = None) -> Point:
@@ -59,3 +61,36 @@ def test_violation_when_within_limits_is_zero_else_the_relative_excess() -> None
     assert violation(_point(0, 0.02, 0.5, 1.0), limits) == 0.0
     assert violation(_point(0, 0.04, 0.5, 1.5), limits) == pytest.approx(1.5)
     assert violation(_point(0, math.nan, 0.5), limits) == math.inf
+
+
+def _monte_carlo(points: list[tuple[float, ...]], count: int = 20_000) -> float:
+    samples = np.random.default_rng(0).random((count, len(points[0])))
+    covered = np.zeros(count, bool)
+    for point in points:
+        covered |= (samples >= np.array(point)).all(axis=1)
+    return float(covered.mean())
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_hypervolume_when_points_are_many_is_the_share_that_they_dominate(dimensions: int) -> None:
+    generator = np.random.default_rng(dimensions)
+    points = [tuple(row) for row in generator.random((30, dimensions))]
+    assert hypervolume(points) == pytest.approx(_monte_carlo(points), abs=0.012)
+
+
+def test_hypervolume_when_a_point_is_beyond_the_worst_counts_nothing_of_it() -> None:
+    assert hypervolume([(0.5, 1.0, 0.1), (float("nan"), 0.0, 0.0)]) == 0.0
+    assert hypervolume([(0.5, 0.5, 0.5), (-1.0, 0.9, 0.9)]) == pytest.approx(0.125 + 0.5 * 0.01)
+
+
+def test_spread_when_few_may_stay_takes_those_that_dominate_most() -> None:
+    points = [(0.5, 0.5), (0.5, 0.6), (0.1, 0.9), (0.9, 0.1), (0.4, 0.55)]
+    chosen = spread(points, 3)
+    assert set(chosen) == {4, 2, 3} or set(chosen) == {0, 2, 3}
+    assert hypervolume([points[i] for i in chosen]) == max(
+        hypervolume([points[i] for i in each]) for each in combinations(range(5), 3)
+    )
+
+
+def test_spread_when_candidates_add_nothing_leaves_them_out() -> None:
+    assert spread([(0.6, 0.6), (0.7, 0.5)], 2, taken=[(0.5, 0.5)]) == []

@@ -1,94 +1,110 @@
 import pytest
+from search_fakes import DECODER, config, space
 
-from cluster.config import parse_config
 from cluster.errors import ConfigError
 from jobs.compression.recipe import layouts, predicted_bytes
-from jobs.config import DecoderConfig, Recipe, SearchConfig
-from jobs.search.space import describe, layer_groups, proposals
+from jobs.config import CalibrationConfig, DecoderConfig, Recipe
+from jobs.search.space import UNCHANGED, Assignment, Space, build_space, layer_groups
 
-DECODER = DecoderConfig(num_layers=6)
-
-
-def _config(**changes: object) -> SearchConfig:
-    values: dict[str, object] = {"name": "s", "model": "m", "data": "d"}
-    return SearchConfig.model_validate({**values, **changes})
+TEXT = CalibrationConfig(data="d")
 
 
-def test_proposals_when_made_twice_are_equal_and_distinct() -> None:
-    first, second = (proposals(_config(num_trials=20), DECODER) for _ in range(2))
-    assert first == second
-    assert len(first) == 20
-    assert len({recipe.model_dump_json() for recipe in first}) == 20
+def _mixed(of: Space) -> Assignment:
+    return tuple(number % len(of.choices) for number in range(len(of.groups)))
 
 
-def test_proposals_when_the_seed_differs_differ() -> None:
-    first = proposals(_config(num_trials=10), DECODER)
-    assert first != proposals(_config(num_trials=10, seed=1), DECODER)
+@pytest.mark.parametrize("granularity", ["part", "fused"])
+@pytest.mark.parametrize("layers_per_group", [1, 2, 3])
+def test_recipe_when_choices_are_mixed_gives_each_group_its_own(
+    granularity: str, layers_per_group: int
+) -> None:
+    of = space(
+        granularity=granularity,
+        layers_per_group=layers_per_group,
+        schemes=("bf16", "w8a8", "w4a16", "w3a16"),
+    )
+    assignment = _mixed(of)
+    found = layouts(DECODER, of.recipe(assignment, real=True))
+    for group, number in zip(of.groups, assignment, strict=True):
+        prefixes = tuple(target.removesuffix("*") for target in group.targets)
+        mine = {layout.scheme for name, layout in found.items() if name.startswith(prefixes)}
+        assert mine == {of.choices[number].scheme}
 
 
-def test_proposals_when_made_begin_with_every_uniform_recipe() -> None:
-    found = proposals(_config(), DECODER)
-    assert [describe(recipe) for recipe in found[:3]] == ["bf16", "w4a16 all", "w8a8 all"]
+@pytest.mark.parametrize("granularity", ["part", "fused"])
+def test_size_bytes_when_choices_are_mixed_is_what_the_recipe_is_predicted_to_take(
+    granularity: str,
+) -> None:
+    of = space(granularity=granularity, schemes=("bf16", "w8a8", "w4a8", "w3a16"))
+    for assignment in (UNCHANGED, of.uniform(1), _mixed(of)):
+        recipe = of.recipe(assignment, real=False)
+        assert of.size_bytes(assignment) == predicted_bytes(DECODER, recipe)
 
 
-def test_proposals_when_room_is_left_hold_single_group_variations_that_fit() -> None:
-    config = _config()
-    found = proposals(config, DECODER)
-    limit = config.gate.max_size_ratio * predicted_bytes(DECODER, Recipe())
-    others = found[3:]
-    assert all(predicted_bytes(DECODER, recipe) <= limit for recipe in others)
-    assert any(describe(r).startswith("w4a16") and "w8a8 mlp 0-1" in describe(r) for r in others)
+def test_memory_bytes_when_int3_is_chosen_are_those_of_int4() -> None:
+    three, four = (space(schemes=(scheme,)) for scheme in ("w3a16", "w4a16"))
+    assert three.memory_bytes(three.uniform(0)) == four.memory_bytes(four.uniform(0))
+    assert three.size_bytes(three.uniform(0)) < four.size_bytes(four.uniform(0))
 
 
-def test_proposals_when_the_space_is_small_gives_all_of_it() -> None:
-    config = _config(schemes=("w8a8", "w4a16"), layers_per_group=6, num_trials=50)
-    assert len(proposals(config, DECODER)) == 4
+def test_groups_when_layers_are_fused_divide_no_product() -> None:
+    parts = [group.part for group in layer_groups(DECODER, 4, "fused")]
+    assert parts == ["qkv", "o", "gate_up", "down"]
 
 
-def test_proposals_when_applied_name_existing_layers_only() -> None:
-    for recipe in proposals(_config(sparsities=(0.0, 0.5), num_trials=40), DECODER):
-        formats = layouts(DECODER, recipe)
-        assert len(formats) == 6 * 7
-        if describe(recipe) == "w8a8 all":
-            assert {layout.scheme for layout in formats.values()} == {"w8a8"}
+def test_recipe_when_all_groups_are_equal_is_one_step_for_all() -> None:
+    of = space()
+    steps = of.recipe(of.uniform(len(of.choices) - 1), real=True).steps
+    assert [step.targets for step in steps] == [("*",)]
 
 
-def test_proposals_when_a_group_differs_its_layers_share_the_choice() -> None:
-    for recipe in proposals(_config(num_trials=30), DECODER):
-        schemes = {name: layout.scheme for name, layout in layouts(DECODER, recipe).items()}
-        for group in layer_groups(DECODER, 2):
-            blocks = range(group.first, group.stop)
-            names = [n for n in schemes if n.split(".")[3] == group.part]
-            assert len({schemes[n] for n in names if int(n.split(".")[2]) in blocks}) == 1
+def test_recipe_when_it_is_real_takes_the_methods_that_are_asked_for() -> None:
+    of = space(quantizer="awq+gptq", sparsities=(0.5,), pruning="sparsegpt", calibration=TEXT)
+    w8a8 = of.uniform([choice.scheme for choice in of.choices].index("w8a8"))
+    real, plain = (of.recipe(w8a8, real=each) for each in (True, False))
+    assert [step.method for step in real.steps] == ["sparsegpt", "awq", "gptq"]
+    assert [step.method for step in plain.steps] == ["magnitude", "rtn"]
 
 
-def test_proposals_when_pruning_is_offered_put_it_before_quantizing() -> None:
-    found = proposals(_config(sparsities=(0.0, 0.5), num_trials=40), DECODER)
-    both = [r for r in found if {s.method for s in r.steps} == {"magnitude", "rtn"}]
-    assert both
-    assert all(recipe.steps[0].method == "magnitude" for recipe in both)
+def test_recipe_when_nothing_is_changed_has_no_steps() -> None:
+    of = space()
+    assert of.recipe(UNCHANGED, real=True) == Recipe()
+    assert of.recipe(of.uniform(0), real=True) == Recipe()
 
 
-def test_proposals_when_widths_are_small_take_a_smaller_group() -> None:
+def test_alone_when_a_group_is_chosen_touches_its_layers_only() -> None:
+    of = space(granularity="fused", layers_per_group=1, schemes=("bf16", "w8a8"))
+    recipe = of.alone(4, 1)  # qkv of block 1
+    changed = {n for n, layout in layouts(DECODER, recipe).items() if layout.scheme == "w8a8"}
+    assert changed == {f"model.layers.1.self_attn.{name}_proj" for name in "qkv"}
+
+
+def test_describe_when_choices_are_mixed_says_which_blocks() -> None:
+    of = space(schemes=("bf16", "w8a8"))
+    assert of.describe(UNCHANGED) == "bf16"
+    assert of.describe(of.uniform(1)) == "w8a8 all"
+    assert of.describe((1, 0, 0, 1)) == "bf16 mlp 0-1, self_attn 2-3; w8a8 self_attn 0-1, mlp 2-3"
+
+
+def test_build_space_when_only_the_unchanged_model_is_left_is_refused() -> None:
+    with pytest.raises(ConfigError, match="leave nothing to try"):
+        space(schemes=("bf16",))
+
+
+def test_build_space_when_widths_are_small_takes_a_smaller_group() -> None:
     decoder = DecoderConfig(hidden_size=96, intermediate_size=192, num_heads=3, num_kv_heads=3)
-    found = proposals(_config(schemes=("w4a16",)), decoder)
-    assert found[0].steps[0].options["group_size"] == 32
+    of = build_space(config(schemes=("w4a16",)), decoder)
+    assert of.recipe(of.uniform(0), real=True).steps[0].options["group_size"] == 32
 
 
-def test_proposals_when_no_group_divides_the_widths_is_refused() -> None:
+def test_build_space_when_no_group_divides_the_widths_is_refused() -> None:
     decoder = DecoderConfig(hidden_size=40, intermediate_size=80, num_heads=2, num_kv_heads=1)
     with pytest.raises(ConfigError, match="Leave w4a16, w4a8, w3a16 out"):
-        proposals(_config(), decoder)
+        build_space(config(schemes=("w4a16",)), decoder)
 
 
-@pytest.mark.parametrize(("key", "value"), [("sparsities", 1.0), ("schemes", "w2a16")])
-def test_config_when_a_choice_does_not_exist_is_refused(key: str, value: object) -> None:
-    document = {"name": "s", "model": "m", "data": "d", key: [value]}
-    with pytest.raises(ConfigError, match=f"`{key}.* = .*{value!r}"):
-        parse_config(SearchConfig, document, "test")
-
-
-def test_layer_groups_when_blocks_do_not_divide_end_with_a_shorter_group() -> None:
-    groups = layer_groups(DecoderConfig(num_layers=5), 2)
-    assert len(groups) == 6
-    assert groups[-1].targets == ("model.layers.4.mlp.*",)
+def test_config_when_a_method_has_to_see_text_and_there_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="gptq has to see text: give `calibration`"):
+        config(quantizer="gptq")
+    with pytest.raises(ValueError, match="wanda has to see text"):
+        config(pruning="wanda", sparsities=(0.5,))

@@ -1,0 +1,46 @@
+"""What a search asks its workers to measure, and what comes back. Values only."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from cluster.config import StrictModel
+from jobs.evaluation.kernel_times import KernelTimes
+
+# In this order: times of the kernels, each choice alone, rungs, the gate, and Ray Serve.
+Stage = Literal["times", "probe", "rung", "gate", "serve"]
+
+BASE = 0  # The candidate that is the unchanged model.
+
+
+class Task(StrictModel):
+    """Measure one thing: a candidate on a rung, at the gate or served, or a group's choices."""
+
+    stage: Stage
+    number: int = 0
+    """A candidate; at the stage `probe` a group of layers."""
+    rung: int = 0
+
+
+class Result(StrictModel):
+    """What a task measured: mean losses in nats per token, one for every sequence.
+
+    `error` says why a candidate could not be scored; its other fields are then empty.
+    """
+
+    losses: tuple[float, ...] = ()
+    size_bytes: int = 0
+    latency_ms: float | None = None
+    """A decoding step, with `base_latency_ms` of the unchanged model measured beside it."""
+    base_latency_ms: float | None = None
+    request_ms: float | None = None
+    """A whole request of the workload, with the unchanged model's measured beside it."""
+    base_request_ms: float | None = None
+    memory_bytes: int | None = None
+    divergences: tuple[float, ...] = ()
+    """Of each choice: mean divergence from the unchanged model's predictions, in nats."""
+    times: KernelTimes | None = None
+    seconds: float = 0.0
+    error: str | None = None
+
+
+Results = Mapping[Task, Result]
