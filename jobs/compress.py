@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cluster.errors import VersionExistsError
+from cluster.session import connect
 from cluster.storage import MANIFEST, resolve_output, staged_directory, verify_directory
 from jobs.compression.encoders import save_encoder
+from jobs.compression.layer_work import InProcess, LayerWorkers
 from jobs.compression.packing import copy_companions, save_compressed
 from jobs.compression.recipe import (
     Compressed,
@@ -38,7 +40,8 @@ def compress(config: CompressConfig) -> Path:
     """Write the compressed model and return its directory; nothing is left on any failure.
 
     A source with a manifest is checked against it first. Raises VersionExistsError if the output
-    exists, ModelNotFoundError or ModelFormatError for the source, RecipeError for the recipe.
+    exists, ModelNotFoundError or ModelFormatError for the source, RecipeError for the recipe,
+    ClusterError or PlacementError if there are several workers and no cluster that has them.
     """
     source, target = _paths(config)
     shape = _shape(source)
@@ -55,17 +58,21 @@ def compress(config: CompressConfig) -> Path:
             "parent_digest": parent.get("self_sha256"),
         },
     }
+    workers = _workers(config.workers)
     with staged_directory(target, manifest) as staging:
         if isinstance(shape, EncoderConfig):
             copy_companions(source, staging)
-            save_encoder(apply_recipe(encoder.load(source), config.recipe), staging)
+            dense = encoder.load(source)
+            save_encoder(apply_recipe(dense, config.recipe, workers=workers), staging)
         else:
-            save_compressed(_apply(config, source, shape), staging)
+            save_compressed(_apply(config, source, shape, workers), staging)
             copy_companions(source, staging)
     return target
 
 
-def _apply(config: CompressConfig, source: Path, shape: DecoderConfig) -> Compressed[Decoder]:
+def _apply(
+    config: CompressConfig, source: Path, shape: DecoderConfig, workers: LayerWorkers
+) -> Compressed[Decoder]:
     """Apply the recipe with its text, if it needs any, and show how far it is."""
     split = _text_split(config, source, shape)
     text = None
@@ -80,7 +87,17 @@ def _apply(config: CompressConfig, source: Path, shape: DecoderConfig) -> Compre
             lambda what, done, total: bar.update(
                 task, description=what, completed=done, total=total
             ),
+            workers,
         )
+
+
+def _workers(num_workers: int) -> LayerWorkers:
+    if num_workers == 1:
+        return InProcess()
+    connect()
+    from jobs.layer_workers import RayWorkers  # deferred: most runs need no Ray
+
+    return RayWorkers(num_workers)
 
 
 def plan_rows(config: CompressConfig) -> Rows:
@@ -91,11 +108,13 @@ def plan_rows(config: CompressConfig) -> Rows:
     small_bytes = predicted_bytes(shape, config.recipe)
     schemes = [layout.scheme for layout in layouts(shape, config.recipe).values()]
     counts = ", ".join(f"{schemes.count(s)} {s}" for s in sorted(set(schemes)))
+    workers = f"{config.workers} layers of a block at a time, as Ray tasks"
     return [
         ("model", str(source)),
         ("output", str(target)),
         ("linear layers", counts),
         *_text_rows(config, source, shape),
+        *([("workers", workers)] if config.workers > 1 else []),
         ("weights, bytes", f"{small_bytes:,}"),
         ("share of bf16", f"{small_bytes / dense_bytes:.1%}"),
     ]

@@ -1,27 +1,23 @@
 """Steps that change one layer after another: on their way through a model, block by block.
 
 Takes resolved actions and a model; changes its weights, and keeps the integers of what was
-quantized and which layers were pruned. It does not know which steps a recipe has beside these.
+quantized and which layers were pruned. It knows neither which steps a recipe has beside these, nor
+who computes what becomes of a layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from cluster.errors import RecipeError
 from jobs.compression.calibration import CalibrationPass
 from jobs.compression.inputs import LayerInputs
+from jobs.compression.layer_work import InProcess, LayerStep, LayerTask, LayerWorkers
 from jobs.compression.layers import weight_of
-from jobs.compression.methods._protocol import (
-    CalibratedMethod,
-    LayerResult,
-    Quantizable,
-    ScalingMethod,
-    WeightMethod,
-)
+from jobs.compression.methods._protocol import Quantizable, ScalingMethod
 from jobs.compression.shared_inputs import (
     HEAD,
     SharedInput,
@@ -34,6 +30,9 @@ from jobs.compression.steps import Action
 from jobs.kernels.formats import QuantizedWeight
 from jobs.models.decoder import Decoder
 from jobs.models.encoder import Encoder
+
+# An action and those of its layers that are at hand.
+Work = tuple[Action, list[str]]
 
 
 def go_through(
@@ -77,6 +76,7 @@ class BlockWork:
 
     model: Decoder | Encoder
     final: dict[str, Action]
+    workers: LayerWorkers = field(default_factory=InProcess)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     pruned: set[nn.Module] = field(default_factory=set)
 
@@ -96,15 +96,15 @@ class BlockWork:
         if firsts:
             assert text is not None, "refused before"
             inputs = text.observe(list(dict.fromkeys(firsts.values())))
-        for action, layers in here:
-            if isinstance(action.method, ScalingMethod):
+        for is_scaling, some in groupby(here, lambda pair: pair[0].is_scaling):
+            if not is_scaling:
+                self._change(list(some), part, firsts, inputs)
+                continue
+            for action, layers in some:
                 for group in dict.fromkeys(groups[layer] for layer in layers):
                     assert group is not None, "checked when resolved"
                     first = group.layers[0]
                     inputs[first] = self._scale(action, group, layers, inputs[first])
-                continue
-            for layer in layers:
-                self._change(action, layer, inputs.get(firsts.get(layer, layer)))
 
     def _scale(
         self, action: Action, group: SharedInput, layers: Sequence[str], inputs: LayerInputs
@@ -125,27 +125,27 @@ class BlockWork:
         divide_input(self.model, group, scale_I)
         return inputs.divided_by(scale_I)
 
-    def _change(self, action: Action, layer: str, inputs: LayerInputs | None) -> None:
-        if action.layout is not None and self.final[layer] is not action:
-            return  # A later step decides.
-        weight = weight_of(self.model, layer)
-        result = _result(action, layer, weight.detach().float(), inputs)
-        with torch.no_grad():
-            weight.copy_(result.weight_OI)
-        if result.quantized is not None:
-            self.quantized[layer] = result.quantized
-        if action.is_pruning:
-            self.pruned.add(self.model.get_submodule(layer))
-
-
-def _result(
-    action: Action, layer: str, weight_OI: Tensor, inputs: LayerInputs | None
-) -> LayerResult:
-    try:
-        if isinstance(action.method, CalibratedMethod):
-            assert inputs is not None, f"{layer} was not observed"
-            return action.method.apply_calibrated(weight_OI, inputs, action.options)
-        assert isinstance(action.method, WeightMethod), f"{action.name} offers no function"
-        return action.method.apply(weight_OI, action.options)
-    except RecipeError as error:
-        raise RecipeError(f"{action.place}, `{layer}`: {error.message}") from None
+    def _change(
+        self,
+        actions: Sequence[Work],
+        part: Sequence[str],
+        firsts: Mapping[str, str],
+        inputs: Mapping[str, LayerInputs],
+    ) -> None:
+        """Apply actions none of which scales to layers, each by itself."""
+        tasks = []
+        for layer in part:
+            own = [action for action, layers in actions if layer in layers]
+            # Of several that choose a format, the last decides.
+            steps = [a for a in own if a.layout is None or self.final[layer] is a]
+            if steps:
+                weight_OI = weight_of(self.model, layer).detach()
+                chain = tuple(LayerStep(a.place, a.name, a.options) for a in steps)
+                tasks.append(LayerTask(layer, weight_OI, chain, firsts.get(layer)))
+            if any(action.is_pruning for action in steps):
+                self.pruned.add(self.model.get_submodule(layer))
+        for task, result in zip(tasks, self.workers.run(tasks, inputs), strict=True):
+            with torch.no_grad():
+                weight_of(self.model, task.layer).copy_(result.weight_OI)
+            if result.quantized is not None:
+                self.quantized[task.layer] = result.quantized

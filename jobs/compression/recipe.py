@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from cluster.errors import RecipeError
 from jobs.compression.blocks import BlockWork, go_through
+from jobs.compression.layer_work import InProcess, LayerWorkers
 from jobs.compression.layers import linear_names, shapes_of, without_weights
 from jobs.compression.methods._protocol import Repair, RepairMethod, ShapingMethod
 from jobs.compression.shared_inputs import HEAD
@@ -47,6 +48,7 @@ def apply_recipe(
     recipe: Recipe,
     text: CalibrationText | None = None,
     progress: Progress = lambda what, done, total: None,
+    workers: LayerWorkers | None = None,
 ) -> Compressed[ModelT]:
     """Apply a recipe's steps in order; the model is taken over and changed in place.
 
@@ -56,12 +58,13 @@ def apply_recipe(
     or steps of training done, of how many. A layer that is quantized twice takes the last choice,
     computed from its unquantized weight. A head that shares the embedding's weight takes a copy of
     its own if a step names it. The dense model is kept beside the other where a step repairs.
+    `workers` compute what becomes of layers; unset, one after the other in this process.
     Raises RecipeError for what `resolve` refuses, a method that needs text where there is none or
     no decoder, and inputs that determine no answer; DataError for less text than a step trains on.
     """
     actions = resolve(recipe, model.config)
     _check_text(actions, model.config, has_text=text is not None)
-    work = BlockWork(model, final_layouts(actions))
+    work = BlockWork(model, final_layouts(actions), workers or InProcess())
     if not isinstance(model, Decoder):
         work.run(actions, linear_names(model), None)
         return Compressed(model, work.quantized, recipe)

@@ -80,14 +80,12 @@ class DenseStatistics:
         path = self._path(self.num_blocks if block is None else block)
         try:
             with safe_open(path, framework="pt") as file:
-                gram_II, mean_abs_I, max_abs_I = (
-                    file.get_tensor(f"{first}.{part}").to(self._device)
-                    for part in (_GRAM, _MEAN, _MAX)
+                gram_II, mean_abs_I, max_abs_I, count = (
+                    file.get_tensor(f"{first}.{part}") for part in (_GRAM, _MEAN, _MAX, _COUNT)
                 )
-                num_tokens = int(file.get_tensor(f"{first}.{_COUNT}"))
         except (SafetensorError, OSError) as error:
             raise IntegrityError(self._damaged(path, str(error))) from None
-        return LayerInputs(gram_II, mean_abs_I, max_abs_I, num_tokens)
+        return LayerInputs(gram_II, mean_abs_I, max_abs_I, int(count)).to(self._device)
 
     def _path(self, number: int) -> Path:
         path = self.folder / _file_name(number, self.num_blocks)
@@ -168,9 +166,9 @@ def _write(model: Decoder, tokens_NT: Tensor, folder: Path, progress: Progress) 
 def _tensors(found: Mapping[str, LayerInputs]) -> dict[str, Tensor]:
     tensors = {}
     for layer, inputs in found.items():
-        tensors[f"{layer}.{_GRAM}"] = inputs.gram_II.cpu()
-        tensors[f"{layer}.{_MEAN}"] = inputs.mean_abs_I.cpu()
-        tensors[f"{layer}.{_MAX}"] = inputs.max_abs_I.cpu()
+        tensors[f"{layer}.{_GRAM}"] = inputs.gram_II
+        tensors[f"{layer}.{_MEAN}"] = inputs.mean_abs_I
+        tensors[f"{layer}.{_MAX}"] = inputs.max_abs_I
         tensors[f"{layer}.{_COUNT}"] = torch.tensor(inputs.num_tokens)
     return tensors
 

@@ -61,6 +61,11 @@ class Action:
         return isinstance(self.method, ShapingMethod | RepairMethod)
 
     @property
+    def is_scaling(self) -> bool:
+        """Whether it scales what layers share, so that they depend on each other."""
+        return isinstance(self.method, ScalingMethod)
+
+    @property
     def is_pruning(self) -> bool:
         """Whether it zeroes weights of its layers, and nothing else."""
         return self.layout is None and isinstance(self.method, WeightMethod | CalibratedMethod)

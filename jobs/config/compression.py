@@ -44,6 +44,12 @@ class CompressConfig(StrictModel):
     calibration: CalibrationConfig | None = Field(
         None, description="Text for all methods but rtn and magnitude, which need none."
     )
+    workers: int = Field(
+        1,
+        ge=1,
+        description="Layers of a block compressed at a time; more than 1: by Ray tasks on the "
+        "running cluster, each of OMP_NUM_THREADS CPUs.",
+    )
 
 
 class GateConfig(StrictModel):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cluster.errors import (
+    ClusterError,
     DataError,
     IntegrityError,
     ModelNotFoundError,
@@ -208,6 +209,19 @@ def test_compress_when_a_method_needs_text_and_none_is_given_says_so_in_the_plan
     recipe = Recipe(steps=(Step(method="wanda", options={"sparsity": 0.5}),))
     with pytest.raises(RecipeError, match=r"step 1 \(wanda\).*Give `calibration`"):
         plan_rows(config_for(source, recipe))
+
+
+def test_compress_when_there_are_workers_and_no_cluster_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYSMITH_STATE", str(tmp_path / "state"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAYSMITH_SESSION", raising=False)
+    config = config_for(source).replace(workers=2)
+    assert dict(plan_rows(config))["workers"] == "2 layers of a block at a time, as Ray tasks"
+    with pytest.raises(ClusterError, match="raysmith up"):
+        compress(config)
+    assert not Path(config.output).exists()
 
 
 def test_compress_when_blocks_are_left_out_reports_bytes_beside_the_whole_model(
