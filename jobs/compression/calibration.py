@@ -63,12 +63,17 @@ class CalibrationPass:
     ) -> None:
         self._stack.close()
 
-    def observe(self, layers: Sequence[str]) -> dict[str, LayerInputs]:
-        """Return what the text feeds these layers of the block that it has reached, or the head."""
+    def observe(self, layers: Sequence[str], *, moves_on: bool = False) -> dict[str, LayerInputs]:
+        """Return what the text feeds these layers of the block that it has reached, or the head.
+
+        With `moves_on` it moves on through the block as well, which nothing will change.
+        """
         with ExitStack() as hooks:
             sums = {layer: self._watch(layer, hooks) for layer in layers}
-            for _ in self._through():
-                pass
+            for states_BTC, after_BTC in self._through():
+                if moves_on:
+                    states_BTC.copy_(after_BTC)
+        self._block += moves_on
         return {layer: found.moments() for layer, found in sums.items()}
 
     def advance(self) -> None:

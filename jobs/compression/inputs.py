@@ -30,6 +30,15 @@ class LayerInputs:
             self.num_tokens,
         )
 
+    def to(self, device: torch.device) -> "LayerInputs":
+        """Return the same moments on a device."""
+        return LayerInputs(
+            self.gram_II.to(device),
+            self.mean_abs_I.to(device),
+            self.max_abs_I.to(device),
+            self.num_tokens,
+        )
+
     def squared_error(self, difference_OI: Tensor) -> Tensor:
         """Return the mean squared change of the layer's outputs, summed over them: a scalar."""
         return (difference_OI @ self.gram_II).mul_(difference_OI).sum()

@@ -74,9 +74,15 @@ def divide_input(model: Decoder, group: SharedInput, scale_I: Tensor) -> None:
 
 def group_of(layer: str) -> SharedInput | None:
     """Return the group a layer of a block belongs to; None for other layers."""
-    found = _IN_BLOCK.match(layer)
-    groups = shared_inputs(int(found[1])) if found else ()
+    block = block_of(layer)
+    groups = () if block is None else shared_inputs(block)
     return next((group for group in groups if layer in group.layers), None)
+
+
+def block_of(layer: str) -> int | None:
+    """Return the number of the block that a layer is in; None for other layers."""
+    found = _IN_BLOCK.match(layer)
+    return int(found[1]) if found else None
 
 
 def _reads_values(group: SharedInput) -> bool:

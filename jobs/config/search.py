@@ -71,8 +71,11 @@ class SearchConfig(StrictModel):
     )
     pruning: Pruning = Field("magnitude", description="How zeros are chosen.")
     quantizer: Quantizer = Field("rtn", description="How rungs with real=true quantize.")
+    repair_tokens: int = Field(
+        0, ge=0, description="Tokens of distillation after pruning, where real=true; 0: none."
+    )
     calibration: CalibrationConfig | None = Field(
-        None, description="Text for methods that see what feeds a layer."
+        None, description="Text for methods that see what feeds a layer, and for repair."
     )
     kv_cache: KvCache = Field(
         "auto", description="How every model but the unchanged one keeps keys and values."
@@ -125,8 +128,10 @@ class SearchConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check_text(self) -> Self:
-        prunes = self.pruning != "magnitude" and any(self.sparsities)
-        if self.calibration is None and (self.quantizer != "rtn" or prunes):
-            asked = self.pruning if prunes else self.quantizer
-            raise ValueError(f"{asked} has to see text: give `calibration`")
+        seeing: list[str] = [self.quantizer] if self.quantizer != "rtn" else []
+        if any(self.sparsities):
+            seeing += [self.pruning] if self.pruning != "magnitude" else []
+            seeing += ["repair_tokens"] if self.repair_tokens else []
+        if self.calibration is None and seeing:
+            raise ValueError(f"{seeing[0]} has to see text: give `calibration`")
         return self

@@ -17,7 +17,8 @@ from cluster.storage import (
     resolve_output,
     verify_directory,
 )
-from jobs.compression.text import open_text
+from jobs.compression.recipe import text_needs
+from jobs.compression.text import check_need, open_text
 from jobs.config import DecoderConfig, Recipe, SearchConfig
 from jobs.data.tokens import open_split
 from jobs.models import _hf
@@ -102,7 +103,10 @@ def plan_search(config: SearchConfig) -> Search:
     _check_data(config, data, decoder)
     space = build_space(config, decoder)
     if config.calibration is not None:
-        open_text(config.calibration, model, decoder)
+        split = open_text(config.calibration, model, decoder)
+        last = space.recipe(space.uniform(len(space.choices) - 1), real=True)
+        for place, need in text_needs(decoder, last).items():
+            check_need(split, need, place)
     data_digest = read_manifest(data)["self_sha256"]
     document = config.model_dump_json(exclude=_NOT_IN_FINGERPRINT)
     return Search(

@@ -118,6 +118,9 @@ class Space:
             targets = _targets([g for g, c in chosen.items() if c.sparsity == sparsity], chosen)
             method = self.config.pruning if real else "magnitude"
             steps.append(Step(method=method, targets=targets, options={"sparsity": sparsity}))
+        if steps and real and self.config.repair_tokens:
+            options: dict[str, object] = {"num_tokens": self.config.repair_tokens}
+            steps.append(Step(method="distill", options=options))
         quantized = [group for group, choice in chosen.items() if choice.scheme != _DENSE]
         *preparing, quantizing = self.config.quantizer.split("+") if real else ["rtn"]
         if quantized:

@@ -17,7 +17,7 @@ from cluster.errors import ModelFormatError, RecipeError
 from cluster.storage import read_manifest, staged_directory
 from jobs.compression.packing import LoadedModel, load_model, save_compressed
 from jobs.compression.recipe import Compressed, apply_recipe, needs_text, predicted_bytes
-from jobs.compression.text import read_text
+from jobs.compression.text import open_text, read_text
 from jobs.config import CalibrationConfig, Recipe, Workload
 from jobs.data.tokens import Split, open_split
 from jobs.evaluation.compare import time_beside, weight_file_bytes
@@ -149,7 +149,7 @@ def _compress(spec: TrialSpec) -> Compressed[Decoder]:
     text = None
     if needs_text(shape, spec.recipe, has_text=spec.calibration is not None):
         assert spec.calibration is not None, "refused before"
-        text = read_text(spec.calibration, spec.model, shape)
+        text = read_text(spec.calibration, open_text(spec.calibration, spec.model, shape))
     return apply_recipe(decoder.load(spec.model), spec.recipe, text)
 
 

@@ -66,6 +66,13 @@ def test_recipe_when_it_is_real_takes_the_methods_that_are_asked_for() -> None:
     assert [step.method for step in plain.steps] == ["magnitude", "rtn"]
 
 
+def test_recipe_when_pruned_weights_are_repaired_does_so_before_quantizing() -> None:
+    of = space(sparsities=(0.0, 0.5), repair_tokens=1000, calibration=TEXT, schemes=("w8a8",))
+    plain, pruned = (of.recipe(of.uniform(c), real=True) for c in range(2))
+    assert [step.method for step in plain.steps] == ["rtn"]
+    assert [step.method for step in pruned.steps] == ["magnitude", "distill", "rtn"]
+
+
 def test_recipe_when_nothing_is_changed_has_no_steps() -> None:
     of = space()
     assert of.recipe(UNCHANGED, real=True) == Recipe()
@@ -106,5 +113,7 @@ def test_build_space_when_no_group_divides_the_widths_is_refused() -> None:
 def test_config_when_a_method_has_to_see_text_and_there_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="gptq has to see text: give `calibration`"):
         config(quantizer="gptq")
+    with pytest.raises(ValueError, match="repair_tokens has to see text"):
+        config(repair_tokens=100, sparsities=(0.5,))
     with pytest.raises(ValueError, match="wanda has to see text"):
         config(pruning="wanda", sparsities=(0.5,))

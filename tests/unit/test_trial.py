@@ -6,9 +6,8 @@ import pytest
 from tiny_training import write_random_data
 
 from cluster.storage import staged_directory
-from jobs.config import DecoderConfig, Recipe
+from jobs.config import DecoderConfig, Recipe, Workload
 from jobs.models.decoder import build, save
-from jobs.search.space import describe
 from jobs.search.trial import TrialSpec, run_trial
 
 DECODER = DecoderConfig(
@@ -29,6 +28,8 @@ def test_trial_when_only_the_cache_is_int8_measures_its_rounding(tmp_path: Path)
         save(build(DECODER, seed=0), staging)
     write_random_data(tmp_path / "data", vocab_size=128, num_tokens=1000)
     spec = TrialSpec(
+        stage="rung",
+        workload=Workload(),
         model=tmp_path / "base",
         data=tmp_path / "data",
         recipe=Recipe(),
@@ -46,8 +47,3 @@ def test_trial_when_only_the_cache_is_int8_measures_its_rounding(tmp_path: Path)
     assert packed.losses == pytest.approx(rounded.losses, abs=2e-3)
     assert (tmp_path / "packed" / "config.json").is_file()
     assert rounded.size_bytes == plain.size_bytes
-
-
-def test_describe_when_a_recipe_names_the_cache_says_so() -> None:
-    assert describe(INT8_CACHE) == "int8 cache"
-    assert describe(Recipe()) == "bf16"

@@ -1,0 +1,108 @@
+"""Layers compressed by Ray tasks on a real local cluster: bitwise what one process gives."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.session import HeadConfig, Session, start_head, stop_head
+from cluster.storage import staged_directory, verify_directory
+from jobs.config import DecoderConfig
+from jobs.data.tokens import open_split
+from jobs.models.decoder import build, save
+
+pytestmark = pytest.mark.ray
+
+DECODER = DecoderConfig(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    max_seq_len=64,
+)
+STEPS = [
+    {"method": "sparsegpt", "options": {"pattern": "2:4"}},
+    {"method": "awq", "targets": ["*mlp*"]},
+    {"method": "gptq", "options": {"scheme": "w4a16", "group_size": 32}},
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """A folder with a dense model of the prepared text's tokenizer."""
+    folder = tmp_path_factory.mktemp("workers")
+    vocab_size = open_split(tiny_data, "train").vocab_size
+    with staged_directory(folder / "model", {"kind": "model"}) as staging:
+        save(build(DECODER.replace(vocab_size=vocab_size), seed=0), staging)
+        shutil.copyfile(tiny_data / "tokenizer" / "tokenizer.json", staging / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session(home: Path) -> Iterator[Session]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYSMITH_STATE", str(home / "state"))
+        patch.setenv("RAYSMITH_HOME", str(home))
+        config = HeadConfig(name="workers", num_cpus=2, gcs_port=0, dashboard_port=0, serve_port=0)
+        running = start_head(config)
+        yield running
+        stop_head(running)
+
+
+def compress(
+    session: Session,
+    home: Path,
+    data: Path,
+    workers: int,
+    steps: list[dict[str, object]] = STEPS,
+) -> "subprocess.CompletedProcess[str]":
+    config = {
+        "model": "model",
+        "output": f"workers-{workers}",
+        "recipe": {"steps": steps},
+        "calibration": {"data": str(data), "num_sequences": 16, "seq_len": 32},
+        "workers": workers,
+    }
+    path = home / f"workers-{workers}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.compress", "--config", str(path), "--json"],
+        env={**os.environ, **session.environment(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_compress_when_ray_tasks_compute_layers_writes_the_same_bytes(
+    home: Path, session: Session, tiny_data: Path
+) -> None:
+    files = []
+    for workers in (1, 2):
+        done = compress(session, home, tiny_data, workers)
+        assert done.returncode == 0, done.stderr
+        files.append(verify_directory(Path(json.loads(done.stdout)["model"]))["files"])
+    assert files[0] == files[1]
+    tasks = session.request("/api/v0/tasks?limit=1000&detail=0", timeout_s=20)
+    names = [task["name"] for task in tasks["data"]["result"]["result"]]
+    # Two blocks of seven layers, before the scaling and after it.
+    assert names.count("_change") == 2 * 2 * 7
+
+
+def test_compress_when_a_layer_fails_in_a_ray_task_says_which_and_leaves_nothing(
+    home: Path, session: Session, tiny_data: Path
+) -> None:
+    steps: list[dict[str, object]] = [{"method": "wanda", "options": {"pattern": "3:5"}}]
+    done = compress(session, home, tiny_data, 3, steps)
+    assert done.returncode == 2
+    assert "step 1 (wanda), `model.layers.0.self_attn.q_proj`: pattern=3:5 does not" in done.stderr
+    assert not (home / "workers-3").exists()
