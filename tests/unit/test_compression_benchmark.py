@@ -37,7 +37,7 @@ def publish(path: Path, shape: DecoderConfig = SHAPE, seed: int = 0, **manifest:
 
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
-    """Two random models; text that the first, and so a dense model, is good at."""
+    """Two random models, each with text that it is good at."""
     folder = tmp_path_factory.mktemp("models")
     paths = [publish(folder / f"seed-{seed}", seed=seed) for seed in range(2)]
     return [Trial(path.name, path, likely_text(path), calibration(), print) for path in paths]
@@ -46,7 +46,6 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
 def likely_text(path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return sequences that a model samples itself: whatever changes it makes it worse."""
     generator, model = torch.Generator().manual_seed(0), decoder.load(path)
-    model.lm_head.weight.data.mul_(1.0)
     rows = torch.randint(SHAPE.vocab_size, (NUM_SEQUENCES, 1), generator=generator)
     with torch.inference_mode():
         for _ in range(16):
@@ -140,11 +139,7 @@ def test_contenders_when_drawn_have_bytes_and_intervals(
 ) -> None:
     quality.few_bits(trials)
     found = quality.contenders(trials)
-    assert (
-        found["gptq-w4"]["size_ratio"] < found["int8_weight"]["size_ratio"] < 1
-        if ("int8_weight" in found)
-        else found["gptq-w4"]["size_ratio"] < 1
-    )
+    assert found["gptq-w3"]["size_ratio"] < found["gptq-w4"]["size_ratio"] < 1
     assert "increase" not in found[DENSE]
     draw(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
