@@ -22,9 +22,11 @@ from jobs.compression.recipe import (
     layouts,
     needs_text,
     predicted_bytes,
+    text_needs,
 )
-from jobs.compression.text import open_text, read_text
+from jobs.compression.text import check_need, open_text, read_text
 from jobs.config import CompressConfig, DecoderConfig, Recipe
+from jobs.data.tokens import TokenSplit
 from jobs.entry import Job, Rows, run_job
 from jobs.models import _hf, decoder, encoder
 from jobs.models.decoder import Decoder
@@ -65,17 +67,19 @@ def compress(config: CompressConfig) -> Path:
 
 def _apply(config: CompressConfig, source: Path, shape: DecoderConfig) -> Compressed[Decoder]:
     """Apply the recipe with its text, if it needs any, and show how far it is."""
-    has_text = config.calibration is not None
-    text_NT = None
-    if needs_text(shape, config.recipe, has_text=has_text) and config.calibration is not None:
-        text_NT = read_text(config.calibration, source, shape)
+    split = _text_split(config, source, shape)
+    text = None
+    if split is not None and config.calibration is not None:
+        text = read_text(config.calibration, split)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("compressing", total=None)
         return apply_recipe(
             decoder.load(source),
             config.recipe,
-            text_NT,
-            lambda done, total: bar.update(task, completed=done, total=total),
+            text,
+            lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            ),
         )
 
 
@@ -87,21 +91,40 @@ def plan_rows(config: CompressConfig) -> Rows:
     small_bytes = predicted_bytes(shape, config.recipe)
     schemes = [layout.scheme for layout in layouts(shape, config.recipe).values()]
     counts = ", ".join(f"{schemes.count(s)} {s}" for s in sorted(set(schemes)))
-    text = config.calibration
-    if needs_text(shape, config.recipe, has_text=text is not None) and text is not None:
-        assert isinstance(shape, DecoderConfig), "encoders need no text"
-        split = open_text(text, source, shape)
-        calibration = f"{text.num_sequences} sequences of {text.seq_len} tokens of {split.folder}"
-    else:
-        calibration = "no text is needed"
     return [
         ("model", str(source)),
         ("output", str(target)),
         ("linear layers", counts),
-        ("calibration", calibration),
+        *_text_rows(config, source, shape),
         ("weights, bytes", f"{small_bytes:,}"),
         ("share of bf16", f"{small_bytes / dense_bytes:.1%}"),
     ]
+
+
+def _text_rows(config: CompressConfig, source: Path, shape: DecoderConfig | EncoderConfig) -> Rows:
+    split, text = _text_split(config, source, shape), config.calibration
+    if split is None or text is None:
+        return [("calibration", "no text is needed")]
+    seen = f"{text.num_sequences} sequences of {text.seq_len} tokens of {split.folder}"
+    rows = [("calibration", seen)]
+    for place, need in text_needs(shape, config.recipe).items():
+        num_tokens = need.num_sequences * need.seq_len
+        rows.append((place, f"trains on {num_tokens:,} of {split.num_tokens:,} tokens"))
+    return rows
+
+
+def _text_split(
+    config: CompressConfig, source: Path, shape: DecoderConfig | EncoderConfig
+) -> TokenSplit | None:
+    """Return the text that the recipe sees, checked to suffice; None if it needs none."""
+    text = config.calibration
+    if not needs_text(shape, config.recipe, has_text=text is not None) or text is None:
+        return None
+    assert isinstance(shape, DecoderConfig), "encoders need no text"
+    split = open_text(text, source, shape)
+    for place, need in text_needs(shape, config.recipe).items():
+        check_need(split, need, place)
+    return split
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,43 +5,28 @@ every layer's weights replaced by what its compressed form stands for, and the i
 It does not know how a method works (see jobs/compression/methods), nor what is written to disk.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Generic, TypeVar
 
-import torch
-from torch import Tensor
-
 from cluster.errors import RecipeError
-from jobs.compression.calibration import CalibrationPass
-from jobs.compression.inputs import LayerInputs
-from jobs.compression.layers import linear_names, shapes_of, weight_of, without_weights
-from jobs.compression.methods._protocol import (
-    CalibratedMethod,
-    LayerResult,
-    Quantizable,
-    ScalingMethod,
-    ShapingMethod,
-    WeightMethod,
-)
-from jobs.compression.shared_inputs import (
-    HEAD,
-    SharedInput,
-    divide_input,
-    feasible_scale,
-    group_of,
-    shared_inputs,
-)
+from jobs.compression.blocks import BlockWork, go_through
+from jobs.compression.layers import linear_names, shapes_of, without_weights
+from jobs.compression.methods._protocol import Repair, RepairMethod, ShapingMethod
+from jobs.compression.shared_inputs import HEAD
 from jobs.compression.steps import Action, ModelShape, final_layouts, resolve
+from jobs.compression.text import CalibrationText, TextNeed, check_need
 from jobs.config import DecoderConfig, Recipe
 from jobs.kernels.formats import Layout, QuantizedWeight, Scheme
 from jobs.models.decoder import Decoder
 from jobs.models.encoder import Encoder
 
 ModelT = TypeVar("ModelT", Decoder, Encoder)
-Progress = Callable[[int, int], None]
+# What is done, how much of it, of how much.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -60,37 +45,44 @@ class Compressed(Generic[ModelT]):
 def apply_recipe(
     model: ModelT,
     recipe: Recipe,
-    text_NT: Tensor | None = None,
-    progress: Progress = lambda done, total: None,
+    text: CalibrationText | None = None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Compressed[ModelT]:
     """Apply a recipe's steps in order; the model is taken over and changed in place.
 
-    Where a method has to see what text feeds a layer, `text_NT` (token ids) goes through the model
-    once: block by block, each block's layers take all steps, and later blocks see what they make of
-    the text. `progress` hears of blocks done, of how many. A layer that is quantized twice takes
-    the last choice, computed from its unquantized weight. A head that shares the embedding's weight
-    takes a copy of its own if a step names it. Raises RecipeError for what `resolve` refuses, a
-    method that needs text where there is none or no decoder, and inputs that determine no answer.
+    Where a method has to see what feeds a layer, the text's tokens go through the model block by
+    block: each block's layers take all steps that change layers, up to the next that changes the
+    model as a whole, and later blocks see what they make of the text. `progress` hears of blocks
+    or steps of training done, of how many. A layer that is quantized twice takes the last choice,
+    computed from its unquantized weight. A head that shares the embedding's weight takes a copy of
+    its own if a step names it. The dense model is kept beside the other where a step repairs.
+    Raises RecipeError for what `resolve` refuses, a method that needs text where there is none or
+    no decoder, and inputs that determine no answer; DataError for less text than a step trains on.
     """
     actions = resolve(recipe, model.config)
-    _check_text(actions, model.config, has_text=text_NT is not None)
-    final = final_layouts(actions)
+    _check_text(actions, model.config, has_text=text is not None)
+    work = BlockWork(model, final_layouts(actions))
     if not isinstance(model, Decoder):
-        work = _Work(model, final)
         work.run(actions, linear_names(model), None)
         return Compressed(model, work.quantized, recipe)
+    for place, need in _needs(actions):
+        assert text is not None, "refused before"
+        check_need(text.split, need, place)
+    teacher = copy.deepcopy(model) if any(_is_repair(action) for action in actions) else None
     if any(HEAD in action.layers for action in actions if not action.is_of_model):
         model.untie()
-    quantized: dict[str, QuantizedWeight] = {}
     for is_of_model, run in groupby(actions, key=lambda action: action.is_of_model):
-        if is_of_model:
-            for action in run:
-                _reshape(model, action, text_NT)
-        else:
-            work = _Work(model, final)
-            _go_through(model, list(run), work, text_NT, progress)
-            quantized |= work.quantized
-    return Compressed(model, quantized, recipe)
+        if not is_of_model:
+            tokens_NT = None if text is None else text.tokens_NT
+            go_through(list(run), work, tokens_NT, partial(progress, "blocks"))
+            continue
+        for action in run:
+            assert text is not None, "refused before"
+            if teacher is not None and _is_repair(action):
+                _repair(work, action, teacher, text, progress)
+            else:
+                _reshape(model, action, text)
+    return Compressed(model, work.quantized, recipe)
 
 
 def needs_text(shape: ModelShape, recipe: Recipe, *, has_text: bool) -> bool:
@@ -101,6 +93,11 @@ def needs_text(shape: ModelShape, recipe: Recipe, *, has_text: bool) -> bool:
     actions = resolve(recipe, shape)
     _check_text(actions, shape, has_text=has_text)
     return any(action.needs_text for action in actions)
+
+
+def text_needs(shape: ModelShape, recipe: Recipe) -> dict[str, TextNeed]:
+    """Return the steps that train, as messages call them, and how much text each takes."""
+    return dict(_needs(resolve(recipe, shape)))
 
 
 def final_shape(shape: ModelShape, recipe: Recipe) -> ModelShape:
@@ -138,121 +135,50 @@ def predicted_bytes(shape: ModelShape, recipe: Recipe) -> int:
 
 
 def _check_text(actions: Sequence[Action], shape: ModelShape, *, has_text: bool) -> None:
-    why = None
-    if not isinstance(shape, DecoderConfig):
-        why = "the model is an encoder, and it knows the blocks of decoders. Use rtn"
-    elif not has_text:
-        why = "it has to see text. Give `calibration`, or use rtn or magnitude"
     for action in actions:
-        if action.needs_text and why is not None:
-            raise RecipeError(f"{action.place} cannot be applied: {why}.")
+        if not action.needs_text:
+            continue
+        if not isinstance(shape, DecoderConfig):
+            raise RecipeError(
+                f"{action.place} cannot be applied: the model is an encoder, and it knows the "
+                "blocks of decoders. Use rtn."
+            )
+        if not has_text:
+            others = "" if action.is_of_model else ", or use rtn or magnitude"
+            raise RecipeError(
+                f"{action.place} cannot be applied: it has to see text. Give `calibration`{others}."
+            )
 
 
-def _reshape(model: Decoder, action: Action, text_NT: Tensor | None) -> None:
+def _needs(actions: Sequence[Action]) -> Iterator[tuple[str, TextNeed]]:
+    for action in actions:
+        if isinstance(action.method, RepairMethod):
+            yield action.place, action.method.text_need(action.options)
+
+
+def _is_repair(action: Action) -> bool:
+    return isinstance(action.method, RepairMethod)
+
+
+def _reshape(model: Decoder, action: Action, text: CalibrationText) -> None:
     assert isinstance(action.method, ShapingMethod), f"{action.name} does not cut models"
-    assert text_NT is not None, "refused before"
-    action.method.cut(model, text_NT, action.options)
+    action.method.cut(model, text.tokens_NT, action.options)
     assert model.config == action.shape.replace(tie_embeddings=model.config.tie_embeddings), (
         f"{action.place} made another shape than it said"
     )
 
 
-def _go_through(
-    model: Decoder,
-    actions: Sequence[Action],
-    work: "_Work",
-    text_NT: Tensor | None,
-    progress: Progress,
+def _repair(
+    work: BlockWork, action: Action, teacher: Decoder, text: CalibrationText, progress: Progress
 ) -> None:
-    """Apply all actions to one block after another, then to the head."""
-    num_blocks = len(model.model.layers)
-    parts = [
-        [name for g in shared_inputs(block) for name in g.layers] for block in range(num_blocks)
-    ]
-    parts.append([HEAD])
-    seeing = {layer for action in actions if action.needs_text for layer in action.layers}
-    last_seeing = max((n for n, part in enumerate(parts) if seeing.intersection(part)), default=-1)
-    if last_seeing < 0:
-        for part in parts:
-            work.run(actions, part, None)
-        return
-    assert text_NT is not None, "refused before"
-    with CalibrationPass(model, text_NT) as text:
-        for number, part in enumerate(parts):
-            work.run(actions, part, text)
-            if number < last_seeing:
-                text.advance()
-            progress(number + 1, len(parts))
-
-
-@dataclass
-class _Work:
-    """A model under way."""
-
-    model: Decoder | Encoder
-    final: dict[str, Action]
-    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
-
-    def run(
-        self, actions: Sequence[Action], part: Sequence[str], text: CalibrationPass | None
-    ) -> None:
-        """Apply all actions to some layers, in order, with what the text feeds them now."""
-        here = [(action, [layer for layer in action.layers if layer in part]) for action in actions]
-        seeing = [layer for action, layers in here if action.needs_text for layer in layers]
-        groups = {layer: group_of(layer) for layer in seeing}
-        firsts = {layer: group.layers[0] if group else layer for layer, group in groups.items()}
-        inputs: dict[str, LayerInputs] = {}
-        if firsts:
-            assert text is not None, "refused before"
-            inputs = text.observe(list(dict.fromkeys(firsts.values())))
-        for action, layers in here:
-            if isinstance(action.method, ScalingMethod):
-                for group in dict.fromkeys(groups[layer] for layer in layers):
-                    assert group is not None, "checked when resolved"
-                    first = group.layers[0]
-                    inputs[first] = self._scale(action, group, layers, inputs[first])
-                continue
-            for layer in layers:
-                self._change(action, layer, inputs.get(firsts.get(layer, layer)))
-
-    def _scale(
-        self, action: Action, group: SharedInput, layers: Sequence[str], inputs: LayerInputs
-    ) -> LayerInputs:
-        """Scale the input of a group; return its moments afterwards."""
-        assert isinstance(action.method, ScalingMethod), action
-        assert isinstance(self.model, Decoder), "refused before"
-        chosen = {name: self.final[name].layout for name in group.layers if name in layers}
-        rounded = [
-            Quantizable(weight_of(self.model, name).detach().float(), layout)
-            for name, layout in chosen.items()
-            if layout is not None and layout.scheme != "bf16"
-        ]
-        if not rounded:
-            return inputs
-        feasible = partial(feasible_scale, self.model, group)
-        scale_I = action.method.scale(rounded, inputs, feasible, action.options)
-        divide_input(self.model, group, scale_I)
-        return inputs.divided_by(scale_I)
-
-    def _change(self, action: Action, layer: str, inputs: LayerInputs | None) -> None:
-        if action.layout is not None and self.final[layer] is not action:
-            return  # A later step decides.
-        weight = weight_of(self.model, layer)
-        result = _result(action, layer, weight.detach().float(), inputs)
-        with torch.no_grad():
-            weight.copy_(result.weight_OI)
-        if result.quantized is not None:
-            self.quantized[layer] = result.quantized
-
-
-def _result(
-    action: Action, layer: str, weight_OI: Tensor, inputs: LayerInputs | None
-) -> LayerResult:
+    assert isinstance(action.method, RepairMethod), f"{action.name} does not repair models"
+    assert isinstance(work.model, Decoder), "refused before"
+    task = Repair(work.model, teacher, text, work.pruned_names())
     try:
-        if isinstance(action.method, CalibratedMethod):
-            assert inputs is not None, f"{layer} was not observed"
-            return action.method.apply_calibrated(weight_OI, inputs, action.options)
-        assert isinstance(action.method, WeightMethod), f"{action.name} offers no function"
-        return action.method.apply(weight_OI, action.options)
+        action.method.repair(
+            task,
+            action.options,
+            lambda done, total, loss: progress(f"{action.place}, loss {loss:.4g}", done, total),
+        )
     except RecipeError as error:
-        raise RecipeError(f"{action.place}, `{layer}`: {error.message}") from None
+        raise RecipeError(f"{action.place}: {error.message}") from None

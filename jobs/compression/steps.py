@@ -18,8 +18,10 @@ from jobs.compression.layers import Shapes, linear_shapes
 from jobs.compression.methods._protocol import (
     CalibratedMethod,
     Method,
+    RepairMethod,
     ScalingMethod,
     ShapingMethod,
+    WeightMethod,
 )
 from jobs.compression.shared_inputs import HEAD, group_of
 from jobs.config import DecoderConfig, Recipe, Step
@@ -50,13 +52,18 @@ class Action:
 
     @property
     def needs_text(self) -> bool:
-        """Whether the method has to see what text feeds the layers."""
-        return isinstance(self.method, CalibratedMethod | ScalingMethod | ShapingMethod)
+        """Whether the method has to see text."""
+        return self.is_of_model or isinstance(self.method, CalibratedMethod | ScalingMethod)
 
     @property
     def is_of_model(self) -> bool:
         """Whether it changes the model as a whole, not one layer after another."""
-        return isinstance(self.method, ShapingMethod)
+        return isinstance(self.method, ShapingMethod | RepairMethod)
+
+    @property
+    def is_pruning(self) -> bool:
+        """Whether it zeroes weights of its layers, and nothing else."""
+        return self.layout is None and isinstance(self.method, WeightMethod | CalibratedMethod)
 
 
 def resolve(recipe: Recipe, shape: ModelShape) -> list[Action]:
@@ -102,21 +109,33 @@ def _action(number: int, step: Step, shape: ModelShape, shapes: Shapes) -> Actio
     except ConfigError as error:
         raise RecipeError(str(error)) from None
     layers = tuple(_matching(step.targets, list(shapes), place))
-    if isinstance(method, ShapingMethod):
-        shape = _reshaped(method, parsed, step, shape, place)
+    if isinstance(method, ShapingMethod | RepairMethod):
+        shape = _checked_whole(method, parsed, step, shape, place)
     return Action(number, step.method, method, parsed, method.layout(parsed), layers, shape)
 
 
-def _reshaped(
-    method: ShapingMethod, options: StrictModel, step: Step, shape: ModelShape, place: str
+def _checked_whole(
+    method: ShapingMethod | RepairMethod,
+    options: StrictModel,
+    step: Step,
+    shape: ModelShape,
+    place: str,
 ) -> DecoderConfig:
+    """Return the shape after a step that changes a model as a whole."""
     if not isinstance(shape, DecoderConfig):
-        raise RecipeError(f"{place} cannot be applied: it cuts decoders, and this is an encoder.")
+        raise RecipeError(f"{place} cannot be applied: it is for decoders, and this is an encoder.")
     if step.targets != _ALL:
         raise RecipeError(
-            f"{place}: it changes the model as a whole. Leave `targets` out; its options say what "
-            "stays."
+            f"{place}: it changes the model as a whole. Leave `targets` out; its options say all."
         )
+    if isinstance(method, RepairMethod):
+        seq_len = method.text_need(options).seq_len
+        if seq_len > shape.max_seq_len:
+            raise RecipeError(
+                f"{place}: seq_len={seq_len} exceeds the model's {shape.max_seq_len} positions. "
+                "Lower it."
+            )
+        return shape
     try:
         return method.reshape(shape, options)
     except RecipeError as error:
@@ -127,6 +146,8 @@ def _changed_layers(action: Action) -> Iterator[str]:
     """Give the layers whose weights an action changes: scaling reaches those around its own."""
     if not isinstance(action.method, ScalingMethod):
         yield from action.layers
+        if action.is_of_model:
+            yield HEAD
         return
     for layer in action.layers:
         group = None if layer == HEAD else group_of(layer)

@@ -1,10 +1,13 @@
-"""Calibration text: token ids out of a prepared folder, of the tokenizer that the model has.
+"""Text that compression sees: token ids out of a prepared folder, of the model's own tokenizer.
 
 Takes what was asked for and a model's directory; gives token ids, or says why they would mean
 something else to this model. It does not know what they are used for.
+
+N sequences, B sequences of a batch, T tokens
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +18,68 @@ from cluster.errors import DataError
 from cluster.storage import resolve_output
 from jobs.config import CalibrationConfig, DecoderConfig
 from jobs.data.prepare import TOKENIZER_FOLDER
+from jobs.data.sampler import batch_indices
 from jobs.data.tokens import TokenSplit, open_split
 
 _TOKENIZER = "tokenizer.json"
 
 
-def read_text(config: CalibrationConfig, model: Path, shape: DecoderConfig) -> Tensor:
-    """Return int64 token ids [num_sequences, seq_len], drawn from all over the training split.
+@dataclass(frozen=True)
+class TextNeed:
+    """How many different sequences of how many tokens a step trains on."""
+
+    num_sequences: int
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token ids that go through a model to see what feeds its layers, and the text they are of."""
+
+    tokens_NT: Tensor  # noqa: N815
+    split: TokenSplit
+
+    @classmethod
+    def of(cls, tokens_NT: Tensor) -> "CalibrationText":
+        """Return these ids as a whole text: what is trained on is cut from their rows in a line."""
+        stream = tokens_NT.flatten().numpy()
+        vocab_size = int(stream.max()) + 1
+        return cls(tokens_NT, TokenSplit(Path("given ids"), "train", vocab_size, (stream,)))
+
+    def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Tensor:
+        """Return int64 ids [batch_size, seq_len + 1] to train on: inputs and shifted targets.
+
+        A pure function of its arguments; every sequence comes once before any comes again.
+        """
+        count = self.split.num_sequences(seq_len)
+        indices = batch_indices(seed, step, batch_size, count)
+        return torch.from_numpy(self.split.sequences(indices, seq_len))
+
+
+def check_need(split: TokenSplit, need: TextNeed, place: str) -> None:
+    """Raise DataError, naming the step at `place`, if there is less text than it trains on."""
+    found = (split.num_tokens - 1) // need.seq_len
+    if found < need.num_sequences:
+        raise DataError(
+            f"{place} trains on {need.num_sequences} sequences of {need.seq_len} tokens "
+            f"({need.num_sequences * need.seq_len:,} tokens), and the {split.split} split in "
+            f"{split.folder} has {found} ({split.num_tokens:,} tokens). Lower `num_tokens` or "
+            "give more text."
+        )
+
+
+def read_text(config: CalibrationConfig, split: TokenSplit) -> CalibrationText:
+    """Return `num_sequences` of `seq_len` ids, drawn from all over the split of `open_text`."""
+    rows = split.sample(config.num_sequences, config.seq_len, config.seed)
+    return CalibrationText(torch.from_numpy(rows[:, :-1].copy()), split)
+
+
+def open_text(config: CalibrationConfig, model: Path, shape: DecoderConfig) -> TokenSplit:
+    """Return the training split of a prepared folder.
 
     Raises DataError for a folder that is no prepared data, too little of it, sequences longer than
     the model's positions, and ids of another tokenizer; IntegrityError for damaged files.
     """
-    split = open_text(config, model, shape)
-    rows = split.sample(config.num_sequences, config.seq_len, config.seed)
-    return torch.from_numpy(rows[:, :-1].copy())
-
-
-def open_text(config: CalibrationConfig, model: Path, shape: DecoderConfig) -> TokenSplit:
-    """Return the training split after the checks of `read_text`."""
     split = open_split(resolve_output(config.data), "train")
     found = split.num_sequences(config.seq_len)
     if found < config.num_sequences:

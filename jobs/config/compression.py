@@ -26,7 +26,7 @@ class Recipe(StrictModel):
 
 
 class CalibrationConfig(StrictModel):
-    """Text that methods see which look at what feeds a layer; from the training split."""
+    """Text that methods see which look at what feeds a layer, or train on; the training split."""
 
     data: str = Field(description="Folder of packed shards, as a training run wrote it.")
     num_sequences: int = Field(128, ge=1, description="Sequences that go through the model.")
@@ -42,7 +42,7 @@ class CompressConfig(StrictModel):
     output: str = Field(description="Directory to write; must not exist.")
     recipe: Recipe = Field(Recipe(), description="What is done to it.")
     calibration: CalibrationConfig | None = Field(
-        None, description="Text for gptq, awq, smoothquant, wanda and sparsegpt; others need none."
+        None, description="Text for all methods but rtn and magnitude, which need none."
     )
 
 

@@ -45,7 +45,9 @@ class OptimizerConfig(StrictModel):
 class ScheduleConfig(StrictModel):
     """Learning rate over the run."""
 
-    kind: Literal["cosine", "onecycle", "constant"] = Field("cosine", description="Shape.")
+    kind: Literal["cosine", "linear", "onecycle", "constant"] = Field(
+        "cosine", description="Shape."
+    )
     warmup_steps: int = Field(20, ge=0, description="Linear warm-up (onecycle: its rising part).")
     final_lr_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate over the peak.")
 

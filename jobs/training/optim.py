@@ -45,10 +45,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
 def learning_rate(step: int, max_steps: int, peak: float, schedule: ScheduleConfig) -> float:
     """Return the rate of a step that counts from 0.
 
-    Every schedule rises to `peak` over `warmup_steps` and, but for `constant`, falls along half a
-    cosine to `final_lr_ratio` of it at the last step. `cosine` and `constant` rise in a line from
-    near zero; `onecycle` rises along half a cosine from a 25th of the peak (Smith and Topin 2018,
-    as PyTorch's OneCycleLR anneals). A warm-up longer than the run is cut to it.
+    Every schedule rises to `peak` over `warmup_steps` and, but for `constant`, falls to
+    `final_lr_ratio` of it at the last step: along half a cosine, or in a line (`linear`). All rise
+    in a line from near zero, but for `onecycle`, which rises along half a cosine from a 25th of the
+    peak (Smith and Topin 2018, as PyTorch's OneCycleLR anneals). A warm-up longer than the run is
+    cut to it.
     """
     final = peak * schedule.final_lr_ratio
     last = max_steps - 1
@@ -59,7 +60,10 @@ def learning_rate(step: int, max_steps: int, peak: float, schedule: ScheduleConf
         return peak * (step + 1) / (warmup + 1)
     if schedule.kind == "constant":
         return peak
-    return _half_cosine(peak, final, (step - warmup) / max(1, last - warmup))
+    progress = (step - warmup) / max(1, last - warmup)
+    if schedule.kind == "linear":
+        return peak + (final - peak) * min(1.0, progress)
+    return _half_cosine(peak, final, progress)
 
 
 def set_learning_rate(optimizer: AdamW, rate: float) -> None:

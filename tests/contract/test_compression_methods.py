@@ -14,19 +14,34 @@ from jobs.compression.methods._protocol import (
     LayerResult,
     Method,
     Quantizable,
+    Repair,
+    RepairMethod,
     ScalingMethod,
     ShapingMethod,
     WeightMethod,
 )
+from jobs.compression.text import CalibrationText
 from jobs.config import DecoderConfig
 from jobs.kernels.formats import SCHEMES, Layout
-from jobs.models.decoder import build
+from jobs.models.decoder import Decoder, build
 from jobs.plugins import load_plugin, plugin_names
 
 # Options that make a method do something; a new method adds its own line.
 EXAMPLES: dict[str, list[dict[str, object]]] = {
     "awq": [{}, {"num_ratios": 3, "observer": "mse"}],
     "depth": [{"num_blocks": 1}, {"num_blocks": 2, "first": 1}],
+    "distill": [
+        {"num_tokens": 2000, "batch_size": 16, "seq_len": 12, "precision": "fp32"},
+        {
+            "num_tokens": 2000,
+            "batch_size": 16,
+            "seq_len": 12,
+            "precision": "bf16",
+            "schedule": "linear",
+            "temperature": 2.0,
+            "alpha": 0.1,
+        },
+    ],
     "gptq": [
         {"scheme": scheme, "group_size": 32, "act_order": act_order}
         for scheme in SCHEMES
@@ -44,10 +59,11 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
     "wanda": [{"sparsity": 0.0}, {"sparsity": 0.5}, {"pattern": "2:4"}],
 }
 CASES = [(name, options) for name in plugin_names(methods) for options in EXAMPLES.get(name, [])]
-_SCALING, _SHAPING = ("awq", "smoothquant"), ("depth", "width")
-LAYER_CASES = [(n, o) for n, o in CASES if n not in (*_SCALING, *_SHAPING)]
+_SCALING, _SHAPING, _REPAIR = ("awq", "smoothquant"), ("depth", "width"), ("distill",)
+LAYER_CASES = [(n, o) for n, o in CASES if n not in (*_SCALING, *_SHAPING, *_REPAIR)]
 SCALING_CASES = [(n, o) for n, o in CASES if n in _SCALING]
 SHAPING_CASES = [(n, o) for n, o in CASES if n in _SHAPING]
+REPAIR_CASES = [(n, o) for n, o in CASES if n in _REPAIR]
 CONFIG = DecoderConfig(
     vocab_size=61, hidden_size=64, intermediate_size=96, num_layers=4, num_heads=4, num_kv_heads=2
 )
@@ -90,15 +106,14 @@ def scale(method: ModuleType, weights: list[torch.Tensor], options: object) -> t
 def test_method_when_imported_offers_documented_parts(name: str) -> None:
     method = load(name)
     assert isinstance(method, Method)
-    offered = [
-        part for part in ("apply", "apply_calibrated", "scale", "cut") if hasattr(method, part)
-    ]
+    parts = ("apply", "apply_calibrated", "scale", "cut", "repair")
+    offered = [part for part in parts if hasattr(method, part)]
     assert len(offered) == 1
     assert inspect.getdoc(method)
     assert issubclass(method.Options, StrictModel)
     assert all(field.description for field in method.Options.model_fields.values())
-    parts = (method.Options, method.layout, getattr(method, offered[0]))
-    assert all(inspect.getdoc(part) for part in parts)
+    documented = (method.Options, method.layout, getattr(method, offered[0]))
+    assert all(inspect.getdoc(part) for part in documented)
     assert EXAMPLES.get(name), f"add example options of {name} to this test"
 
 
@@ -174,6 +189,47 @@ def test_shaping_method_gives_a_model_of_the_shape_it_promised_that_computes(
     fresh.load_state_dict(model.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(model(text_NT), fresh(text_NT))
+
+
+def repaired(method: ModuleType, options: object) -> tuple[Decoder, list[float]]:
+    """Return a decoder that lost weights and was repaired, and the losses on the way."""
+    assert isinstance(method, RepairMethod)
+    config = CONFIG.replace(initializer_range=0.1)
+    student, losses = build(config, seed=0), []
+    with torch.no_grad():
+        for block in student.model.layers:
+            block.mlp.up_proj.weight[:, ::2] = 0.0
+            block.self_attn.v_proj.weight[:, 1::2] = 0.0
+    text_NT = torch.randint(61, (200, 12), generator=torch.Generator().manual_seed(1))
+    task = Repair(
+        student,
+        build(config, seed=0),
+        CalibrationText.of(text_NT),
+        frozenset(f"model.layers.{block}.mlp.up_proj" for block in range(CONFIG.num_layers)),
+    )
+    method.repair(task, options, lambda done, total, loss: losses.append(loss))
+    return student, losses
+
+
+@pytest.mark.parametrize(("name", "options"), REPAIR_CASES)
+def test_repair_method_leaves_zeros_of_pruned_layers_lowers_the_loss_and_repeats_itself(
+    name: str, options: dict[str, object]
+) -> None:
+    method = load(name)
+    parsed = method.Options.model_validate(options)
+    assert method.layout(parsed) is None
+    need = method.text_need(parsed)
+    assert 0 < need.num_sequences * need.seq_len <= parsed.num_tokens
+    student, losses = repaired(method, parsed)
+    assert losses[-1] < 0.95 * losses[0]
+    assert student.config == CONFIG.replace(initializer_range=0.1)
+    for block in student.model.layers:
+        assert (block.mlp.up_proj.weight[:, ::2] == 0.0).all()
+        assert (block.mlp.up_proj.weight[:, 1::2] != 0.0).all()
+        assert (block.self_attn.v_proj.weight != 0.0).float().mean() > 0.9
+    again, _ = repaired(method, parsed)
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in student.state_dict().items())
+    assert all(parameter.grad is None for parameter in student.parameters())
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])

@@ -172,6 +172,36 @@ def test_compress_when_text_is_of_another_tokenizer_is_refused(
         plan_rows(calibrated(speaker, tiny_data))
 
 
+def repaired(source: Path, data: Path, **options: object) -> CompressConfig:
+    steps = (
+        Step(method="width", options={"intermediate_size": 64}),
+        Step(method="distill", options={"batch_size": 2, "seq_len": 16, **options}),
+        Step(method="rtn", options={"scheme": "w8a8"}),
+    )
+    return calibrated(source, data).replace(recipe=Recipe(steps=steps))
+
+
+def test_compress_when_it_repairs_shows_the_text_it_takes_and_writes_the_model(
+    speaker: Path, tiny_data: Path
+) -> None:
+    config = repaired(speaker, tiny_data, num_tokens=100)
+    rows = dict(plan_rows(config))
+    assert rows["step 2 (distill)"].startswith("trains on 96 of ")
+    loaded = load_model(compress(config))
+    assert loaded.config.intermediate_size == 64
+    assert loaded.schemes["model.layers.0.mlp.up_proj"] == "w8a8"
+
+
+def test_compress_when_repair_asks_for_more_text_than_there_is_says_so_in_the_plan(
+    speaker: Path, tiny_data: Path
+) -> None:
+    config = repaired(speaker, tiny_data, num_tokens=10**7)
+    words = r"step 2 \(distill\) trains on 625000 sequences of 16 .* has \d+ .*Lower `num_tokens`"
+    for act in (plan_rows, compress):
+        with pytest.raises(DataError, match=words):
+            act(config)
+
+
 def test_compress_when_a_method_needs_text_and_none_is_given_says_so_in_the_plan(
     source: Path,
 ) -> None:

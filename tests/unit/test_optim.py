@@ -57,6 +57,12 @@ def test_cosine_when_warming_up_rises_in_a_line_to_the_peak() -> None:
     assert rates[-1] == pytest.approx(0.01)
 
 
+def test_linear_when_warmed_up_falls_in_a_line_to_the_last_rate() -> None:
+    rates = _rates(ScheduleConfig(kind="linear", warmup_steps=9, final_lr_ratio=0.1))
+    assert rates[:10] == pytest.approx([0.01 * (step + 1) for step in range(10)])
+    assert rates[9:] == pytest.approx([0.1 - 0.09 * step / 40 for step in range(41)])
+
+
 def test_constant_when_warmed_up_stays() -> None:
     rates = _rates(ScheduleConfig(kind="constant", warmup_steps=4))
     assert rates[4:] == [0.1] * 46

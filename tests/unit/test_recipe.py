@@ -5,6 +5,7 @@ import torch
 
 from cluster.errors import RecipeError
 from jobs.compression.recipe import apply_recipe, layouts, predicted_bytes
+from jobs.compression.text import CalibrationText
 from jobs.config import DecoderConfig, Recipe, Step
 from jobs.kernels.formats import Layout
 from jobs.models.decoder import Decoder, build, linear_names
@@ -156,7 +157,7 @@ def test_mse_observer_when_weights_have_outliers_errs_less_than_minmax() -> None
     assert errors["mse"] < 0.95 * errors["minmax"]
 
 
-TEXT = torch.randint(61, (16, 32), generator=torch.Generator().manual_seed(4))
+TEXT = CalibrationText.of(torch.randint(61, (16, 32), generator=torch.Generator().manual_seed(4)))
 
 
 def step(method: str, *targets: str, **options: object) -> Step:
@@ -194,18 +195,18 @@ def test_recipe_when_inputs_are_scaled_quantizes_the_scaled_weights() -> None:
     norm = compressed.model.get_submodule("model.layers.0.input_layernorm").weight
     assert not torch.equal(norm, torch.ones_like(norm))
     with torch.no_grad():
-        logits = build(CONFIG, seed=0)(TEXT)
+        logits = build(CONFIG, seed=0)(TEXT.tokens_NT)
     assert outputs_error(compressed.recipe) < 1e-2 * float(logits.var())
 
 
 def test_recipe_when_only_the_head_sees_text_observes_it_after_all_blocks() -> None:
     recipe = Recipe(steps=(step("gptq", "lm_head", scheme="w8a8"),))
-    done: list[tuple[int, int]] = []
+    done: list[tuple[str, int, int]] = []
     compressed = apply_recipe(
-        build(CONFIG, seed=0), recipe, TEXT, lambda now, total: done.append((now, total))
+        build(CONFIG, seed=0), recipe, TEXT, lambda *heard: done.append(heard)
     )
     assert list(compressed.quantized) == ["lm_head"]
-    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert done == [("blocks", number, 3) for number in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(

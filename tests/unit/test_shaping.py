@@ -7,6 +7,7 @@ from torch import Tensor
 from cluster.errors import RecipeError
 from jobs.compression.methods import depth, width
 from jobs.compression.recipe import apply_recipe, final_shape, layouts, predicted_bytes
+from jobs.compression.text import CalibrationText
 from jobs.config import DecoderConfig, Recipe, Step
 from jobs.models.decoder import Decoder, build
 
@@ -88,7 +89,7 @@ def test_recipe_when_it_cuts_then_quantizes_predicts_shape_and_layers() -> None:
         Step(method="rtn", targets=("model.layers.2.*",), options={"scheme": "w8a8"}),
     )
     recipe = Recipe(steps=steps)
-    compressed = apply_recipe(build(CONFIG, seed=0), recipe, TEXT)
+    compressed = apply_recipe(build(CONFIG, seed=0), recipe, CalibrationText.of(TEXT))
     assert compressed.model.config == final_shape(CONFIG, recipe)
     assert compressed.model.config.num_layers == 3
     chosen = layouts(CONFIG, recipe)

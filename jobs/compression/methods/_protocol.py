@@ -1,7 +1,7 @@
 """What a compression method offers: options, the format it leads to, and its work on layers.
 
-Adding a method is adding a file beside this one with `Options`, `layout` and one of three
-functions, by what it has to see: `apply`, `apply_calibrated` or `scale`.
+Adding a method is adding a file beside this one with `Options`, `layout` and one of five
+functions, by what it has to see and change: `apply`, `apply_calibrated`, `scale`, `cut`, `repair`.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,11 +12,14 @@ from torch import Tensor
 
 from cluster.config import StrictModel
 from jobs.compression.inputs import LayerInputs
+from jobs.compression.text import CalibrationText, TextNeed
 from jobs.config import DecoderConfig
 from jobs.kernels.formats import Layout, QuantizedWeight
 from jobs.models.decoder import Decoder
 
 Feasible = Callable[[Tensor], Tensor]
+# Steps done, of how many, and the loss of the last one.
+RepairProgress = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,19 @@ class Quantizable:
 
     weight_OI: Tensor  # noqa: N815
     layout: Layout
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A decoder to train in place, and the dense one it came from, before any step changed it.
+
+    Zeros in the weights of `pruned` layers, by name, stay zero.
+    """
+
+    student: Decoder
+    teacher: Decoder
+    text: CalibrationText
+    pruned: frozenset[str] = frozenset()
 
 
 @runtime_checkable
@@ -86,3 +102,16 @@ class ShapingMethod(Method, Protocol):
 
     reshape: Callable[[DecoderConfig, Any], DecoderConfig]
     cut: Callable[[Decoder, Tensor, Any], None]
+
+
+@runtime_checkable
+class RepairMethod(Method, Protocol):
+    """Trains a decoder that earlier steps made worse.
+
+    `text_need(options)` returns how much text that takes, so that the plan refuses too little;
+    `repair(task, options, progress)` trains the student in place, and raises RecipeError where
+    that fails.
+    """
+
+    text_need: Callable[[Any], TextNeed]
+    repair: Callable[[Repair, Any, RepairProgress], None]
