@@ -14,13 +14,12 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from benchmarks.compression.contenders import CONTENDERS, DENSE
 from benchmarks.compression.subject import SEQ_LEN, Subject
 from jobs.compression.packing import load_model, save_compressed
 from jobs.compression.recipe import Compressed, apply_recipe, predicted_bytes
-from jobs.compression.text import read_text
+from jobs.compression.text import CalibrationText, open_text, read_text
 from jobs.config import CalibrationConfig, DecoderConfig, GateConfig, Recipe
 from jobs.data.tokens import open_split
 from jobs.evaluation.quality import sequence_losses
@@ -28,17 +27,18 @@ from jobs.models import _hf, decoder
 from jobs.models.decoder import Decoder
 
 Say = Callable[[str], None]
+_LINE_EVERY_STEPS = 10
 
 
 class Trial:
     """A model, held-out sequences [N, T+1] and calibration text."""
 
     def __init__(
-        self, name: str, model: Path, sequences: NDArray[np.int64], text_NT: Tensor, say: Say
+        self, name: str, model: Path, sequences: NDArray[np.int64], text: CalibrationText, say: Say
     ) -> None:
         self.name, self.model, self.sequences = name, model, sequences
         self.shape: DecoderConfig = _hf.from_hf_config(_hf.read_config(model))
-        self._text_NT, self._say = text_NT, say
+        self._text, self._say = text, say
         self._losses: dict[str, NDArray[np.float64]] = {}
 
     @classmethod
@@ -57,8 +57,8 @@ class Trial:
             data=str(subject.data), num_sequences=num_calibration, seq_len=SEQ_LEN
         )
         shape = _hf.from_hf_config(_hf.read_config(subject.model))
-        text_NT = read_text(calibration, subject.model, shape)
-        return cls(subject.config.name, subject.model, sequences, text_NT, say)
+        text = read_text(calibration, open_text(calibration, subject.model, shape))
+        return cls(subject.config.name, subject.model, sequences, text, say)
 
     @property
     def known(self) -> dict[str, NDArray[np.float64]]:
@@ -92,12 +92,16 @@ class Trial:
 
     def compress(self, recipe: Recipe) -> Compressed[Decoder]:
         """Return what a recipe makes of the model."""
-        return apply_recipe(decoder.load(self.model), recipe, self._text_NT)
+        return apply_recipe(decoder.load(self.model), recipe, self._text, self._tell)
 
     def size_bytes(self, name: str) -> int | None:
         """Return the bytes of a contender's weights; None for other models that were measured."""
         found = CONTENDERS.get(name)
         return None if found is None else predicted_bytes(self.shape, found.recipe)
+
+    def _tell(self, what: str, done: int, total: int) -> None:
+        if what != "blocks" and done % _LINE_EVERY_STEPS == 0:  # Blocks are a matter of seconds.
+            self._say(f"{self.name}: {what}: step {done} of {total}")
 
     def _served(self, compressed: Compressed[Decoder]) -> Decoder:
         with tempfile.TemporaryDirectory(prefix="raysmith-bench-") as folder:

@@ -17,6 +17,7 @@ from benchmarks.compression.trial import Trial
 from cluster.storage import staged_directory, write_manifest
 from jobs.compression.packing import save_compressed
 from jobs.compression.recipe import apply_recipe, final_shape
+from jobs.compression.text import CalibrationText
 from jobs.config import DecoderConfig, GateConfig, Recipe
 from jobs.models import decoder
 from tests.tiny_models import decoder_config
@@ -54,8 +55,9 @@ def likely_text(path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
     return rows.numpy()
 
 
-def calibration() -> torch.Tensor:
-    return torch.randint(SHAPE.vocab_size, (16, 32), generator=torch.Generator().manual_seed(1))
+def calibration() -> CalibrationText:
+    generator = torch.Generator().manual_seed(1)
+    return CalibrationText.of(torch.randint(SHAPE.vocab_size, (16, 32), generator=generator))
 
 
 def losses_of(**means: float) -> Losses:
@@ -154,7 +156,7 @@ def test_equal_copy_when_channels_move_computes_the_same(trials: list[Trial]) ->
     after = gate.equal_copy(decoder.load(trials[0].model), seed=3)
     name = "model.layers.0.mlp.up_proj"
     assert not torch.equal(before.get_submodule(name).weight, after.get_submodule(name).weight)
-    tokens_BT = calibration()[:4]
+    tokens_BT = calibration().tokens_NT[:4]
     torch.testing.assert_close(after(tokens_BT), before(tokens_BT), rtol=1e-5, atol=1e-5)
 
 
@@ -176,7 +178,11 @@ def test_gate_when_judging_refuses_bad_recipes_and_accepts_equal_models(
 def test_structured_when_cut_reports_perplexities_and_latency(
     trials: list[Trial], tmp_path: Path
 ) -> None:
-    cuts = recipe_of(("depth", {"num_blocks": 1}), ("width", {"intermediate_size": 128}))
+    cuts = recipe_of(
+        ("depth", {"num_blocks": 1}),
+        ("width", {"intermediate_size": 128}),
+        ("distill", {"num_tokens": 64, "batch_size": 2, "seq_len": 16}),
+    )
     rates: list[float] = []
 
     def scratch(shape: DecoderConfig, lr: float) -> Path:
