@@ -75,10 +75,10 @@ def test_estimate_when_contenders_share_their_noise_is_exact() -> None:
 def test_estimate_when_noise_differs_has_the_interval_of_the_mean() -> None:
     noise = np.random.default_rng(1).normal(0, 0.1, size=400)
     losses = {"dense": np.full(400, 2.0), "small": 2.0 + noise}
-    found = estimate([losses], lambda means: means["small"] - means["dense"], samples=20_000)
+    found = estimate([losses], lambda means: means["small"] - means["dense"], samples=5000)
     half_width = 1.96 * noise.std() / 20
-    assert found.upper - noise.mean() == pytest.approx(half_width, rel=0.05)
-    assert noise.mean() - found.lower == pytest.approx(half_width, rel=0.05)
+    assert found.upper - noise.mean() == pytest.approx(half_width, rel=0.1)
+    assert noise.mean() - found.lower == pytest.approx(half_width, rel=0.1)
 
 
 def test_estimate_when_models_differ_means_over_them_and_shows_each() -> None:
@@ -115,7 +115,7 @@ def test_eight_bits_when_measured_reports_increases_with_bounds(trials: list[Tri
 
 
 def test_few_bits_when_measured_is_the_share_of_naive_damage(trials: list[Trial]) -> None:
-    section, claims = quality.few_bits(trials)
+    section, claims = quality.few_bits(trials[:1])
     worst, found, best = (
         np.exp(trials[0].losses(name).mean()) for name in ("naive-w3", "gptq-w3", DENSE)
     )
@@ -129,7 +129,7 @@ def test_few_bits_when_measured_is_the_share_of_naive_damage(trials: list[Trial]
 
 
 def test_pruning_when_measured_compares_methods_with_magnitude(trials: list[Trial]) -> None:
-    section, claims = quality.pruning(trials)
+    section, claims = quality.pruning(trials[:1])
     assert section["pruning"].keys() == {"unstructured", "2:4"}
     for found in section["pruning"].values():
         assert found.keys() == {"wanda", "sparsegpt", "sparsegpt_versus_wanda"}
@@ -139,8 +139,8 @@ def test_pruning_when_measured_compares_methods_with_magnitude(trials: list[Tria
 def test_contenders_when_drawn_have_bytes_and_intervals(
     trials: list[Trial], tmp_path: Path
 ) -> None:
-    quality.few_bits(trials)
-    found = quality.contenders(trials)
+    quality.few_bits(trials[:1])
+    found = quality.contenders(trials[:1])
     assert found["gptq-w3"]["size_ratio"] < found["gptq-w4"]["size_ratio"] < 1
     assert "increase" not in found[DENSE]
     draw(found, tmp_path / "plot.png")
@@ -164,7 +164,7 @@ def test_gate_when_judging_refuses_bad_recipes_and_accepts_equal_models(
     trials: list[Trial],
 ) -> None:
     limits = GateConfig(eval_sequences=8, bootstrap_samples=200)
-    section, _ = gate.measure(trials, num_cases=4, limits=limits)
+    section, _ = gate.measure(trials[:1], num_cases=4, limits=limits)
     found = section["gate"]
     assert found["num_equal"] == 4
     assert found["num_equal_refused"] == 0
