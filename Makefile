@@ -6,7 +6,8 @@ KEEP ?=
 TODAY := $(shell date +%F)
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo test test-vllm lint format bench bench-peers bench-serving docs down
+.PHONY: setup demo test test-vllm lint format bench bench-peers bench-serving bench-compression \
+	docs down
 
 # The C++ kernels are compiled again when their sources, the compiler or the CPU changed.
 setup: $(VENV)/.ready
@@ -65,6 +66,10 @@ bench-peers: $(VLLM)/.ready
 bench-serving: setup bench-peers
 	$(BIN)/python -m benchmarks.serving --json benchmarks/results/$(TODAY)-serving.json \
 		--plots benchmarks/results
+
+# Every claim about compression; it trains three models first, each over an hour.
+bench-compression: setup
+	$(BIN)/python -m benchmarks.compression --json benchmarks/results/$(TODAY)-compression.json
 
 docs: setup
 	$(BIN)/python docs/generate.py

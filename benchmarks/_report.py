@@ -11,7 +11,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -73,6 +73,38 @@ def document_of(claim: str, module: str, arguments: Sequence[str]) -> dict[str, 
         "hardware": describe_hardware(),
         "versions": describe_versions(),
     }
+
+
+def say_on_stderr() -> Callable[[str], None]:
+    """Return what prints a line of progress, as it is."""
+    console = Console(stderr=True)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    return say
+
+
+def run_sections(
+    document: dict[str, Any],
+    out: Path,
+    names: Iterable[str],
+    measure: Callable[[str], Mapping[str, Any]],
+) -> int:
+    """Measure sections by name and write the report after each; return the exit code.
+
+    What a section returns is added to `document`, where it replaces what an earlier one said.
+    """
+    say = say_on_stderr()
+    try:
+        for name in names:
+            say(f"== {name}")
+            document.update(measure(name))
+            write_json(out, document)
+    except RaysmithError as error:
+        say(f"error: {error.message}")
+        return error.exit_code
+    return 0
 
 
 def alternate(

@@ -8,15 +8,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-
-from benchmarks._report import document_of
+from benchmarks._report import document_of, run_sections, say_on_stderr
 from benchmarks.serving import quick
 from benchmarks.serving.peers import CASES, Case
 from benchmarks.serving.sections import SECTIONS, Bench, check_ready
 from cluster.errors import RaysmithError
-from cluster.storage import write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,26 +23,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--quick" in given:
         return quick.main(given)
     arguments = _parser().parse_args(given)
-    console = Console(stderr=True)
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
+    say = say_on_stderr()
     plots = arguments.plots or arguments.json.parent
     document = document_of("Serving beside the engines people would pick instead", "serving", given)
+    names = arguments.only or tuple(SECTIONS)
     try:
-        names = arguments.only or tuple(SECTIONS)
         check_ready(names)
-        for name in names:
-            say(f"== {name}")
-            with ExitStack() as stack:
-                bench = Bench(stack, arguments.rounds, arguments.cases, plots, say)
-                document |= SECTIONS[name](bench)
-            write_json(arguments.json, document)
     except RaysmithError as error:
-        console.print(f"error: {error.message}", markup=False, soft_wrap=True)
+        say(f"error: {error.message}")
         return error.exit_code
-    return 0
+
+    def measure(name: str) -> dict[str, Any]:
+        with ExitStack() as stack:
+            return SECTIONS[name](Bench(stack, arguments.rounds, arguments.cases, plots, say))
+
+    return run_sections(document, arguments.json, names, measure)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -47,13 +47,13 @@ _RECIPES = {
 class Models:
     """The formats of one shape's weights, each made when it is first asked for."""
 
-    def __init__(self, config: DecoderConfig) -> None:
-        self._config = config
+    def __init__(self, config: DecoderConfig, *, has_tokenizer: bool = True) -> None:
+        self._config, self._has_tokenizer = config, has_tokenizer
         digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
         self._folder = BENCH / "models" / digest
 
     def dense(self) -> Path:
-        """Return the dense bfloat16 directory, with a tokenizer."""
+        """Return the dense bfloat16 directory, with a tokenizer if there is one."""
         return self._made("dense", self._make_dense)
 
     def compressed(self, scheme: str, *, has_head: bool = True) -> Path:
@@ -62,7 +62,12 @@ class Models:
         vLLM does not load a quantized head.
         """
         name, targets = (scheme, ("*", "lm_head")) if has_head else (f"{scheme}-blocks", ("*",))
-        return self._made(name, lambda path: self._compress(scheme, targets, path))
+        step = Step(method="rtn", options=_RECIPES[scheme], targets=targets)
+        return self.applied(name, Recipe(steps=(step,)))
+
+    def applied(self, name: str, recipe: Recipe) -> Path:
+        """Return our directory of what a recipe without text makes; one name, one recipe."""
+        return self._made(name, lambda path: self._compress(recipe, path))
 
     def openvino(self, weight_format: str) -> Path:
         """Return an OpenVINO export: int8 per channel, or int4 in groups."""
@@ -82,13 +87,13 @@ class Models:
 
     def _make_dense(self, path: Path) -> None:
         decoder.save(decoder.build(self._config, seed=0), path)
+        if not self._has_tokenizer:
+            return
         texts = training_texts(DataConfig(source="stdlib"), _TOKENIZER_BYTES)
         train_tokenizer(texts, self._config.vocab_size, path)
 
-    def _compress(self, scheme: str, targets: tuple[str, ...], path: Path) -> None:
-        step = Step(method="rtn", options=_RECIPES[scheme], targets=targets)
-        model = decoder.load(self.dense())
-        save_compressed(apply_recipe(model, Recipe(steps=(step,))), path)
+    def _compress(self, recipe: Recipe, path: Path) -> None:
+        save_compressed(apply_recipe(decoder.load(self.dense()), recipe), path)
         copy_companions(self.dense(), path)
 
     def _export(self, weight_format: str, path: Path) -> None:

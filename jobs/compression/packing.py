@@ -29,6 +29,7 @@ from jobs.kernels.formats import (
     unpack_values,
 )
 from jobs.kernels.linear import build_linear, resident_bytes
+from jobs.kernels.memory import StoredEmbedding, give_back
 from jobs.models import _hf, _weights
 from jobs.models.decoder import Decoder
 
@@ -119,6 +120,8 @@ def load_model(
     if config.tie_embeddings:
         _take_tied_head(tensors, layouts, directory)
     operators = fill(model, tensors, layouts, (dtype, torch.device(device)), directory)
+    del tensors
+    give_back()
     schemes: dict[str, Scheme] = {
         name: layouts[name].scheme if name in layouts else "bf16" for name in shapes
     }
@@ -220,7 +223,22 @@ def fill(
         _assign(model, name, tensors.pop(name).to(device, dtype))
     if is_tied and embedding is not None:
         operators["lm_head"] = _tie_head(model, embedding, dtype, device)
+    if isinstance(model, Decoder) and embedding is not None:
+        _store_embedding(model, embedding, dtype, device)
     return operators
+
+
+def _store_embedding(
+    model: Decoder, embedding: Tensor, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Keep an embedding in the bfloat16 of its file, unless the head shares its memory.
+
+    Its rows are read one a token: a wider copy would be held for nothing.
+    """
+    is_shared = getattr(model.lm_head, "weight", None) is model.model.embed_tokens.weight
+    if embedding.dtype == torch.bfloat16 != dtype and not is_shared:
+        stored = StoredEmbedding(embedding.to(device, copy=True), dtype)  # Not the file's mapping.
+        _replace(model, "model.embed_tokens", stored)
 
 
 def _tie_head(model: nn.Module, embedding: Tensor, dtype: torch.dtype, device: torch.device) -> str:

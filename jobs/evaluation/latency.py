@@ -130,16 +130,16 @@ class _DecodeRun:
         assert context + tokens <= model.config.max_seq_len, (
             f"{context} + {tokens} tokens exceed max_seq_len={model.config.max_seq_len}"
         )
-        embedding = model.model.embed_tokens.weight
+        norm = model.model.norm.weight  # In the type of activations, which an embedding may lack.
         self.model, self.batch, self.context = model, batch, context
         self.forward = FusedDecoder(model) if can_fuse(model) else model
-        self.device = embedding.device
+        self.device = norm.device
         self.blocks_per_sequence = -(-(context + tokens) // _BLOCK_SIZE)
         self.cache = BlockCache(
             model.config,
             batch * self.blocks_per_sequence,
             _BLOCK_SIZE,
-            torch.int8 if kv_cache == "int8" else embedding.dtype,
+            torch.int8 if kv_cache == "int8" else norm.dtype,
             device=self.device,
         )
         generator = torch.Generator().manual_seed(0)

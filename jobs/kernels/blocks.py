@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from jobs.kernels import native, native_ops
+from jobs.kernels import native
 from jobs.kernels.formats import Scheme
+from jobs.kernels.memory import resident
 from jobs.kernels.operator import InPlace, Operator, Packed, Problem, Weight
 from jobs.kernels.rows import QuantizedRows, quantize
 
 NAME = "cpp"  # of the operators of every format that run on these kernels
-_HUGE_PAGE_BYTES = 2 << 20
 
 
 def refuses(problem: Problem, *, group_multiple: int = 1) -> str | None:
@@ -47,19 +47,6 @@ def interleave(weight_OI: Tensor, inputs: int) -> Tensor:
     block = native.weight_layout().block
     by_block_KEGI = weight_OI.unflatten(1, (-1, inputs)).unflatten(0, (-1, block))
     return by_block_KEGI.transpose(1, 2).flatten(1)
-
-
-def resident(packed: Tensor) -> Tensor:
-    """Return a copy in memory of large pages, which is where weights are streamed from."""
-    if packed.nbytes < _HUGE_PAGE_BYTES:
-        return packed.clone()
-    # It begins where a page does: only whole pages are large ones.
-    size = packed.element_size()
-    room = torch.empty(packed.numel() + _HUGE_PAGE_BYTES // size, dtype=packed.dtype)
-    skipped = -room.data_ptr() % _HUGE_PAGE_BYTES // size
-    copy = room[skipped : skipped + packed.numel()].view(packed.shape)
-    native_ops.advise_huge_pages(copy)
-    return copy.copy_(packed)
 
 
 def join(parts: list[Packed], outputs: list[int]) -> Packed | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from jobs.kernels import blocks
+from jobs.kernels import blocks, memory
 from jobs.kernels.operator import Operator, Packed, Problem, Weight, never_refuses
 
 _in_place = blocks.in_place("rs_linear_dense", "ppppnnnnnii", takes_int8=False)
@@ -24,7 +24,7 @@ def _pack_cpp(weight: Weight, problem: Problem) -> Packed:
     assert isinstance(weight, Tensor), "this operator takes dense weights"
     weight_OI = blocks.pad_outputs(weight.to(torch.bfloat16))
     weight_OI = functional.pad(weight_OI, (0, weight_OI.shape[1] % 2))
-    return (blocks.resident(blocks.interleave(weight_OI, 2)),)
+    return (memory.resident(blocks.interleave(weight_OI, 2)),)
 
 
 def _pack_torch(weight: Weight, problem: Problem) -> Packed:

@@ -6,7 +6,7 @@ Takes rows of activations and a packed weight; gives rows of outputs.
 import torch
 from torch import Tensor
 
-from jobs.kernels import blocks, native
+from jobs.kernels import blocks, memory, native
 from jobs.kernels.formats import QuantizedWeight, pack_values, reference_linear, unpack_values
 from jobs.kernels.operator import (
     Operator,
@@ -36,7 +36,7 @@ def pack_blocks(weight: Weight, problem: Problem) -> Packed:
     scale_KGE2 = scale_OG.unflatten(0, (-1, 2, lanes)).permute(0, 3, 2, 1).contiguous()
     scale_KGB = scale_KGE2.flatten(2).view(torch.uint8)
     packed_KGB = torch.cat([scale_KGB, bytes_KI.unflatten(1, (groups, -1))], dim=2)
-    return (blocks.resident(packed_KGB.flatten(1)),)
+    return (memory.resident(packed_KGB.flatten(1)),)
 
 
 def _refuses_cpp(problem: Problem) -> str | None:

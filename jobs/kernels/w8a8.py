@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from jobs.kernels import blocks, build, native
+from jobs.kernels import blocks, build, memory, native
 from jobs.kernels.formats import QuantizedWeight, quantize_rows, reference_linear
 from jobs.kernels.operator import (
     Operator,
@@ -49,7 +49,7 @@ def _pack_cpp(weight: Weight, problem: Problem) -> Packed:
         values_OI.view(torch.uint8) ^ layout.int8_offset, layout.int8_inputs
     )
     scale_O = blocks.pad_outputs(quantized(weight).scale_OG.float())[:, 0]
-    return blocks.resident(packed_KI), scale_O.contiguous()
+    return memory.resident(packed_KI), scale_O.contiguous()
 
 
 @functools.cache

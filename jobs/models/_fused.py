@@ -30,6 +30,7 @@ from jobs.kernels.decoder_pass import (
     is_compiled,
 )
 from jobs.kernels.linear import DenseLinear, QuantizedLinear, fuse
+from jobs.kernels.memory import give_back
 from jobs.kernels.rows import QuantizedRows, quantize
 from jobs.models._rotary import Rotary, rotate
 from jobs.models.decoder import Block, Decoder, RMSNorm, RowAdapters
@@ -76,6 +77,7 @@ class FusedDecoder:
         self._head = model.lm_head
         self._space = _Space(self.config)
         self._whole_pass = self._compile()
+        give_back()  # What the layers apart occupied.
 
     @property
     def is_one_call(self) -> bool:

@@ -56,7 +56,7 @@ def decide(space: Space, results: Results) -> Wanted | Finish:
     candidates: list[Assignment] = [UNCHANGED]
     if missing := _missing([_TIMES, *_probes(space)], results):
         return Wanted((UNCHANGED,), (missing[0],) if missing[0] == _TIMES else tuple(missing))
-    forecast = alone = _forecast(space, results)
+    forecast = alone = first_forecast(space, results)
     check_limits(forecast, [*knapsack_front(forecast), *uniform_assignments(space)])
     for generation in range(space.config.generations):
         scored = _rises(space, candidates, results) if generation else {UNCHANGED: 0.0}

@@ -1,0 +1,77 @@
+"""The sections of the compression benchmark: what each needs, and which keys it reports.
+
+Takes a `Bench`; gives a part of the report and the claims it must keep. How a figure is taken
+stands in the section's module.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.compression import gate, large, quality, size, speed, structured
+from benchmarks.compression.quality import Found
+from benchmarks.compression.subject import Subject, subject
+from benchmarks.compression.trial import Say, Trial
+
+
+@dataclass
+class Bench:
+    """What a section may use; models are trained, or found, when a section first needs them."""
+
+    seeds: Sequence[int]
+    num_sequences: int | None
+    num_calibration: int
+    rounds: int
+    folder: Path
+    say: Say
+    _trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def subjects(self) -> list[Subject]:
+        """The models."""
+        return [subject(seed) for seed in self.seeds]
+
+    @property
+    def trials(self) -> list[Trial]:
+        """A trial of every model, the same in all sections."""
+        if not self._trials:
+            self._trials = [
+                Trial.open(each, self.num_sequences, self.num_calibration, self.say)
+                for each in self.subjects
+            ]
+        return self._trials
+
+    @property
+    def has_trials(self) -> bool:
+        """Whether any section has asked for models."""
+        return bool(self._trials)
+
+
+def _structured(bench: Bench) -> Found:
+    plans = [structured.plan_of(each) for each in bench.subjects]
+    return structured.measure(bench.trials, plans, bench.folder, bench.rounds)
+
+
+def _true_size(bench: Bench) -> Found:
+    return size.measure(
+        {
+            name: (large.SHAPE, recipe, large.directory(name))
+            for name, recipe in large.FORMATS.items()
+        }
+    )
+
+
+def _speed(bench: Bench) -> Found:
+    names = dict.fromkeys(name for names in speed.BATCHES.values() for name in names)
+    return speed.measure({name: large.directory(name) for name in names}, bench.rounds)
+
+
+SECTIONS: dict[str, Callable[[Bench], Found]] = {
+    "eight_bits": lambda bench: quality.eight_bits(bench.trials),
+    "few_bits": lambda bench: quality.few_bits(bench.trials),
+    "pruning": lambda bench: quality.pruning(bench.trials),
+    "gate": lambda bench: gate.measure(bench.trials),
+    "structured": _structured,
+    "true_size": _true_size,
+    "speed": _speed,
+}

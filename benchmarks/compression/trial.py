@@ -1,0 +1,109 @@
+"""One trained model on trial: the losses of its compressed forms on held-out text.
+
+Takes a model directory and its data; gives losses by contender, each computed once however many
+sections ask. It does not know what is made of them.
+
+N sequences, T tokens of one
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.compression.contenders import CONTENDERS, DENSE
+from benchmarks.compression.subject import SEQ_LEN, Subject
+from jobs.compression.packing import load_model, save_compressed
+from jobs.compression.recipe import Compressed, apply_recipe, predicted_bytes
+from jobs.compression.text import CalibrationText, open_text, read_text
+from jobs.config import CalibrationConfig, DecoderConfig, GateConfig, Recipe
+from jobs.data.tokens import open_split
+from jobs.evaluation.quality import sequence_losses
+from jobs.models import _hf, decoder
+from jobs.models.decoder import Decoder
+
+Say = Callable[[str], None]
+_LINE_EVERY_STEPS = 10
+
+
+class Trial:
+    """A model, held-out sequences [N, T+1] and calibration text."""
+
+    def __init__(
+        self, name: str, model: Path, sequences: NDArray[np.int64], text: CalibrationText, say: Say
+    ) -> None:
+        self.name, self.model, self.sequences = name, model, sequences
+        self.shape: DecoderConfig = _hf.from_hf_config(_hf.read_config(model))
+        self._text, self._say = text, say
+        self._losses: dict[str, NDArray[np.float64]] = {}
+
+    @classmethod
+    def open(
+        cls, subject: Subject, num_sequences: int | None, num_calibration: int, say: Say
+    ) -> Self:
+        """Return a subject's trial on its test split, whole unless a number is given.
+
+        The sequences lie in the order in which the gate draws them, so that its own are the first.
+        """
+        split = open_split(subject.data, "test")
+        found = split.num_sequences(SEQ_LEN)
+        count = found if num_sequences is None else min(num_sequences, found)
+        sequences = split.sample(count, SEQ_LEN, GateConfig().seed)
+        calibration = CalibrationConfig(
+            data=str(subject.data), num_sequences=num_calibration, seq_len=SEQ_LEN
+        )
+        shape = _hf.from_hf_config(_hf.read_config(subject.model))
+        text = read_text(calibration, open_text(calibration, subject.model, shape))
+        return cls(subject.config.name, subject.model, sequences, text, say)
+
+    @property
+    def known(self) -> dict[str, NDArray[np.float64]]:
+        """Losses computed so far."""
+        return dict(self._losses)
+
+    def losses(self, name: str) -> NDArray[np.float64]:
+        """Return a contender's losses [N], computed at the first call."""
+        if name not in self._losses:
+            contender = CONTENDERS[name]
+            if name == DENSE:
+                self.measure(name, lambda: decoder.load(self.model))
+            elif contender.is_served:
+                self.measure(name, lambda: self._served(self.compress(contender.recipe)))
+            else:
+                self.measure(name, lambda: self.compress(contender.recipe).model)
+        return self._losses[name]
+
+    def measure(self, name: str, make: Callable[[], Decoder]) -> NDArray[np.float64]:
+        """Return the losses [N] of a model that is no contender, and keep them by a name."""
+        start_s = time.perf_counter()
+        model = make()
+        made_s = time.perf_counter() - start_s
+        losses = sequence_losses(model, self.sequences)
+        self._losses[name] = losses
+        self._say(
+            f"{self.name}: {name}: perplexity {np.exp(losses.mean()):.3f}; made in {made_s:.0f} s, "
+            f"evaluated in {time.perf_counter() - start_s - made_s:.0f} s"
+        )
+        return losses
+
+    def compress(self, recipe: Recipe) -> Compressed[Decoder]:
+        """Return what a recipe makes of the model."""
+        return apply_recipe(decoder.load(self.model), recipe, self._text, self._tell)
+
+    def size_bytes(self, name: str) -> int | None:
+        """Return the bytes of a contender's weights; None for other models that were measured."""
+        found = CONTENDERS.get(name)
+        return None if found is None else predicted_bytes(self.shape, found.recipe)
+
+    def _tell(self, what: str, done: int, total: int) -> None:
+        if what != "blocks" and done % _LINE_EVERY_STEPS == 0:  # Blocks are a matter of seconds.
+            self._say(f"{self.name}: {what}: step {done} of {total}")
+
+    def _served(self, compressed: Compressed[Decoder]) -> Decoder:
+        with tempfile.TemporaryDirectory(prefix="raysmith-bench-") as folder:
+            save_compressed(compressed, Path(folder))
+            return load_model(Path(folder), verify=False).model

@@ -1,0 +1,274 @@
+"""What the compression benchmark makes of losses, files and times: figures, intervals and keys."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.compression import gate, quality, size, speed, structured
+from benchmarks.compression.contenders import CONTENDERS, DENSE, W8A8, recipe_of
+from benchmarks.compression.estimates import Losses, at_least, at_most, estimate, increase, recovery
+from benchmarks.compression.plots import draw
+from benchmarks.compression.resident import main as resident_main
+from benchmarks.compression.trial import Trial
+from cluster.storage import staged_directory, write_manifest
+from jobs.compression.packing import save_compressed
+from jobs.compression.recipe import apply_recipe, final_shape
+from jobs.compression.text import CalibrationText
+from jobs.config import DecoderConfig, GateConfig, Recipe
+from jobs.models import decoder
+from tests.tiny_models import decoder_config
+
+# Groups of 128 inputs have to divide its layers.
+SHAPE = decoder_config(
+    vocab_size=64, hidden_size=128, intermediate_size=256, head_dim=32, max_seq_len=192
+)
+NUM_SEQUENCES = 24
+
+
+def publish(path: Path, shape: DecoderConfig = SHAPE, seed: int = 0, **manifest: Any) -> Path:
+    """Write a random model and its manifest."""
+    with staged_directory(path, {"kind": "model", **manifest}) as staged:
+        decoder.save(decoder.build(shape, seed), staged)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
+    """Two random models, each with text that it is good at."""
+    folder = tmp_path_factory.mktemp("models")
+    paths = [publish(folder / f"seed-{seed}", seed=seed) for seed in range(2)]
+    return [Trial(path.name, path, likely_text(path), calibration(), print) for path in paths]
+
+
+def likely_text(path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return sequences that a model samples itself: whatever changes it makes it worse."""
+    generator, model = torch.Generator().manual_seed(0), decoder.load(path)
+    rows = torch.randint(SHAPE.vocab_size, (NUM_SEQUENCES, 1), generator=generator)
+    with torch.inference_mode():
+        for _ in range(16):
+            shares = model(rows)[:, -1].softmax(dim=-1)
+            rows = torch.cat([rows, torch.multinomial(shares, 1, generator=generator)], dim=1)
+    return rows.numpy()
+
+
+def calibration() -> CalibrationText:
+    generator = torch.Generator().manual_seed(1)
+    return CalibrationText.of(torch.randint(SHAPE.vocab_size, (16, 32), generator=generator))
+
+
+def losses_of(**means: float) -> Losses:
+    """Return losses around some means, the same noise in all."""
+    noise = np.random.default_rng(0).normal(0, 0.5, size=400)
+    return {name: mean + noise for name, mean in means.items()}
+
+
+def test_estimate_when_contenders_share_their_noise_is_exact() -> None:
+    found = estimate([losses_of(dense=2.0, small=2.01)], increase("small", "dense"))
+    assert found.mean == pytest.approx(np.expm1(0.01))
+    assert (found.lower, found.upper) == pytest.approx((found.mean, found.mean))
+
+
+def test_estimate_when_noise_differs_has_the_interval_of_the_mean() -> None:
+    noise = np.random.default_rng(1).normal(0, 0.1, size=400)
+    losses = {"dense": np.full(400, 2.0), "small": 2.0 + noise}
+    found = estimate([losses], lambda means: means["small"] - means["dense"], samples=5000)
+    half_width = 1.96 * noise.std() / 20
+    assert found.upper - noise.mean() == pytest.approx(half_width, rel=0.1)
+    assert noise.mean() - found.lower == pytest.approx(half_width, rel=0.1)
+
+
+def test_estimate_when_models_differ_means_over_them_and_shows_each() -> None:
+    models = [losses_of(dense=2.0, small=2.0 + gap) for gap in (0.1, 0.3)]
+    found = estimate(models, lambda means: means["small"] - means["dense"])
+    assert found.mean == pytest.approx(0.2)
+    assert found.per_seed == pytest.approx((0.1, 0.3))
+
+
+def test_recovery_when_half_the_perplexity_is_won_back_is_half() -> None:
+    means = {"dense": np.log(10.0), "naive": np.log(14.0), "method": np.log(12.0)}
+    found = estimate([losses_of(**means)], recovery("method", "naive", "dense"))
+    assert found.mean == pytest.approx(0.5)
+    assert found.lower == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("found", "is_met"), [(1.0, True), (1.5, False)])
+def test_claim_when_a_figure_passes_its_upper_limit_is_missed(
+    found: float, *, is_met: bool
+) -> None:
+    assert at_most("x", found, 1.2).document()["is_met"] is is_met
+    assert at_least("x", found, 1.2).document()["is_met"] is not is_met
+
+
+def test_eight_bits_when_measured_reports_increases_with_bounds(trials: list[Trial]) -> None:
+    section, claims = quality.eight_bits(trials)
+    for name in ("int8_weight", "w8a8", "w8a8_smoothquant"):
+        found = section[name]
+        assert found["lower"] <= found["point"] <= found["upper"]
+        assert found["point"] == pytest.approx(np.mean(found["per_seed"]))
+    # Rounded activations change what rounded weights alone give.
+    assert section["w8a8"]["point"] != section["int8_weight"]["point"]
+    assert {"int8_weight.upper", "w8a8.upper", "w8a8_smoothquant.upper"} < {c.name for c in claims}
+
+
+def test_few_bits_when_measured_is_the_share_of_naive_damage(trials: list[Trial]) -> None:
+    section, claims = quality.few_bits(trials[:1])
+    worst, found, best = (
+        np.exp(trials[0].losses(name).mean()) for name in ("naive-w3", "gptq-w3", DENSE)
+    )
+    recovered = section["gptq_recovery"]["w3"]
+    assert recovered["per_seed"][0] == pytest.approx((worst - found) / (worst - best))
+    assert recovered["lower"] <= recovered["mean"] <= recovered["upper"]
+    assert section["awq_gptq_versus"]["w4"].keys() == {"gptq", "awq"}
+    assert {f"gptq_recovery.{bits}.{key}" for bits in ("w4", "w3") for key in ("mean", "lower")} < {
+        claim.name for claim in claims
+    }
+
+
+def test_pruning_when_measured_compares_methods_with_magnitude(trials: list[Trial]) -> None:
+    section, claims = quality.pruning(trials[:1])
+    assert section["pruning"].keys() == {"unstructured", "2:4"}
+    for found in section["pruning"].values():
+        assert found.keys() == {"wanda", "sparsegpt", "sparsegpt_versus_wanda"}
+    assert len(claims) == 6
+
+
+def test_contenders_when_drawn_have_bytes_and_intervals(
+    trials: list[Trial], tmp_path: Path
+) -> None:
+    quality.few_bits(trials[:1])
+    found = quality.contenders(trials[:1])
+    assert found["gptq-w3"]["size_ratio"] < found["gptq-w4"]["size_ratio"] < 1
+    assert "increase" not in found[DENSE]
+    draw(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_trial_when_asked_again_computes_nothing(trials: list[Trial]) -> None:
+    assert trials[0].losses(DENSE) is trials[0].losses(DENSE)
+
+
+def test_equal_copy_when_channels_move_computes_the_same(trials: list[Trial]) -> None:
+    before = decoder.load(trials[0].model)
+    after = gate.equal_copy(decoder.load(trials[0].model), seed=3)
+    name = "model.layers.0.mlp.up_proj"
+    assert not torch.equal(before.get_submodule(name).weight, after.get_submodule(name).weight)
+    tokens_BT = calibration().tokens_NT[:4]
+    torch.testing.assert_close(after(tokens_BT), before(tokens_BT), rtol=1e-5, atol=1e-5)
+
+
+def test_gate_when_judging_refuses_bad_recipes_and_accepts_equal_models(
+    trials: list[Trial],
+) -> None:
+    limits = GateConfig(eval_sequences=8, bootstrap_samples=200)
+    section, _ = gate.measure(trials[:1], num_cases=4, limits=limits)
+    found = section["gate"]
+    assert found["num_equal"] == 4
+    assert found["num_equal_refused"] == 0
+    assert found["num_bad"] == 4
+    for case in found["bad"]:
+        assert case["lower"] >= 3 * case["limit"] * (1 - 1e-9)
+        assert case["passed"] == (case["increase_upper95"] <= case["limit"])
+    assert found["num_bad_accepted"] == sum(case["passed"] for case in found["bad"])
+
+
+def test_structured_when_cut_reports_perplexities_and_latency(
+    trials: list[Trial], tmp_path: Path
+) -> None:
+    cuts = recipe_of(
+        ("depth", {"num_blocks": 1}),
+        ("width", {"intermediate_size": 128}),
+        ("distill", {"num_tokens": 64, "batch_size": 2, "seq_len": 16}),
+    )
+    rates: list[float] = []
+
+    def scratch(shape: DecoderConfig, lr: float) -> Path:
+        rates.append(lr)
+        path = tmp_path / f"scratch-{len(rates)}"
+        # The second is the best on validation text, whatever it is on the test split.
+        loss = {"validation_loss": abs(lr - 2e-3)}
+        return publish(path, shape, seed=len(rates), metrics=loss)
+
+    plans = [structured.Plan(cuts, scratch) for _ in trials]
+    section, claims = structured.measure(trials, plans, tmp_path, rounds=1)
+    found = section["structured"]
+    assert final_shape(SHAPE, cuts).num_layers == found["shape"]["num_layers"] == 1
+    assert found["parameters_removed"] > 1 / 3
+    assert found["scratch_lr"] == 2e-3
+    assert rates == [*structured.SCRATCH_LRS, 2e-3, 2e-3]
+    versus = found["repaired_versus_scratch"]
+    assert found["better"] is (versus["upper"] < 0)
+    perplexities = [found[f"perplexity_{name}"]["per_seed"][1] for name in ("repaired", "scratch")]
+    assert versus["per_seed"][1] == pytest.approx(perplexities[0] / perplexities[1] - 1)
+    assert found["w8a8_increase_upper"] == found["w8a8_increase"]["upper"]
+    assert found["latency_ratio"] > 0
+    assert len(claims) == 4
+
+
+def saved(path: Path, recipe: Recipe) -> Path:
+    save_compressed(apply_recipe(decoder.build(SHAPE, 0), recipe), path)
+    write_manifest(path, {"kind": "model"})
+    return path
+
+
+def test_true_size_when_measured_is_the_worst_of_the_formats(tmp_path: Path) -> None:
+    formats = {
+        name: (SHAPE, recipe, saved(tmp_path / name, recipe))
+        for name, recipe in {
+            "w8a8": W8A8,
+            "w3": recipe_of(("rtn", {"scheme": "w3a16", "group_size": 128})),
+        }.items()
+    }
+    grown = {"w8a8": 300_000, "w3": 900_000}
+
+    def memory(path: Path) -> Mapping[str, Any]:
+        return {"grown_bytes": grown[path.name]}
+
+    section, _ = size.measure(formats, memory)
+    found = section["true_size"]
+    files = {name: (tmp_path / name / "model.safetensors").stat().st_size for name in formats}
+    assert found["memory_ratio"] == pytest.approx(300_000 / files["w8a8"])
+    assert found["w3_memory_ratio"] == pytest.approx(900_000 / files["w3"])
+    assert found["disk_ratio"] == max(each["disk_ratio"] for each in found["formats"].values())
+    assert found["disk_ratio"] > 1
+
+
+def test_theory_bytes_when_the_tied_head_is_rounded_counts_its_copy() -> None:
+    step = {"scheme": "w4a16", "group_size": 128}
+    blocks = recipe_of(("rtn", step))
+    rounded = blocks.steps[0].replace(targets=("*", "lm_head"))
+    rows, columns = SHAPE.vocab_size, SHAPE.hidden_size
+    copy_bytes = rows * columns / 2 + 2 * rows
+    both = size.theory_bytes(SHAPE, Recipe(steps=(rounded,)))
+    assert both - size.theory_bytes(SHAPE, blocks) == copy_bytes
+
+
+def test_resident_when_loaded_prints_growth_and_weight_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert resident_main([str(saved(tmp_path / "w8a8", W8A8))]) == 0
+    out = capsys.readouterr().out
+    assert '"grown_bytes"' in out
+    assert '"weight_bytes"' in out
+
+
+def test_speed_when_measured_divides_medians(tmp_path: Path) -> None:
+    directories = {DENSE: publish(tmp_path / "dense"), "w8a8": saved(tmp_path / "w8a8", W8A8)}
+    batches = {1: (DENSE, "w8a8"), 2: (DENSE, "w8a8")}
+    section, claims = speed.measure(directories, 1, tokens=2, batches=batches)
+    found = section["speed"]
+    for batch in batches:
+        times = [found["times"][f"{name}_batch{batch}"] for name in (DENSE, "w8a8")]
+        assert found[f"w8a8_batch{batch}"] == pytest.approx(times[0]["p50_ms"] / times[1]["p50_ms"])
+        assert times[1]["tokens_per_s"] == pytest.approx(1e3 * batch / times[1]["p50_ms"])
+    assert [claim.name for claim in claims] == ["speed.w8a8_batch1"]
+    assert any(name.startswith("w8a8 ") for name in found["operators"]["w8a8"])
+
+
+def test_contender_names_when_pruned_or_of_few_bits_are_the_gates_pool() -> None:
+    assert set(gate._POOL) < set(CONTENDERS)
+    assert {"naive-w3", "magnitude-2:4"} < set(gate._POOL)
+    assert DENSE not in gate._POOL
