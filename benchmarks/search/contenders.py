@@ -169,9 +169,7 @@ def play_tpe(bench: Bench, budget_s: float) -> Found:
         while True:
             trial = study.ask()
             asked.append(trial)
-            yield tuple(
-                trial.suggest_categorical(group.title, names) for group in space.groups
-            )
+            yield tuple(trial.suggest_categorical(group.title, names) for group in space.groups)
             if trial.number not in told:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
@@ -197,9 +195,7 @@ def play_knapsack(
         chosen = [pool[place] for place in order]
         return play("knapsack3", bench, budget_s, iter(chosen), spent_s=probes_s)
     size_SC = -space.saved_bytes_SC.astype(float)
-    front = sorted(
-        set(priced(forecast.predictor.rises_SC, size_SC)), key=space.size_bytes
-    )
+    front = sorted(set(priced(forecast.predictor.rises_SC, size_SC)), key=space.size_bytes)
     limit = bench.config.gate.max_perplexity_increase
     front = [each for each in front if math.expm1(forecast.predictor.rise(each)) < 2 * limit]
     return play("knapsack", bench, budget_s, iter(evenly(front)), spent_s=probes_s)

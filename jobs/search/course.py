@@ -115,7 +115,11 @@ def _pass_gate(
     return None, verdicts, shown
 
 
-def _forecast(space: Space, results: Results) -> Forecast:
+def first_forecast(space: Space, results: Results) -> Forecast:
+    """Return what is known once kernels are timed and choices measured alone.
+
+    Raises SearchError where that failed.
+    """
     times = results[_TIMES].times
     if times is None:
         raise SearchError(f"the kernels could not be timed: {results[_TIMES].error}")

@@ -1,0 +1,155 @@
+"""`python -m benchmarks.search --json OUT`: every figure that is claimed of the search.
+
+Sections: `search` sets it beside random search, TPE, the additive knapsack and uniform recipes at
+equal seconds of trials; `served` times the published front through Ray Serve beside what was
+predicted; `resume` kills the driver at random moments.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._report import document_of, run_sections, say_on_stderr
+from benchmarks.compression.subject import subject
+from benchmarks.search.configs import search_config
+from benchmarks.search.contenders import Bench, compare, ratios
+from benchmarks.search.kills import measure_kills
+from benchmarks.search.plots import draw_fronts
+from benchmarks.search.runs import cluster, run
+from jobs.config import Rung
+from jobs.search.plan import plan_search
+
+_CLAIM = "The search beside what people would use instead"
+_NUM_KILLS = 10
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says."""
+
+    seeds: Sequence[int]
+    folder: Path
+    plots: Path
+    say: Callable[[str], None]
+
+
+def compare_contenders(asked: Asked) -> dict[str, Any]:
+    """Let all contenders search each seed's model, on one thread as a trial has."""
+    torch.set_num_threads(1)
+    by_seed = []
+    for seed in asked.seeds:
+        search = plan_search(search_config(subject(seed), asked.folder))
+        bench = Bench(search, asked.say)
+        found = compare(bench)
+        volumes = {name: bench.hypervolume(each.models) for name, each in found.items()}
+        asked.say(f"seed {seed}: {volumes}")
+        fronts = {
+            name: [bench.point(model) for model in each.models] for name, each in found.items()
+        }
+        draw_fronts(fronts, asked.plots / f"search-seed-{seed}.png")
+        by_seed.append(
+            {
+                "seed": seed,
+                "hypervolume": volumes,
+                "over_others": ratios(volumes),
+                "models": {name: len(each.models) for name, each in found.items()},
+                "seconds": {name: each.seconds for name, each in found.items()},
+                "points": {
+                    name: [point.model_dump() for point in points]
+                    for name, points in fronts.items()
+                },
+            }
+        )
+    others = by_seed[0]["over_others"]
+    means = {
+        f"vs_{name}": statistics.mean(each["over_others"][name] for each in by_seed)
+        for name in others
+    }
+    return {**means, "by_seed": by_seed}
+
+
+def time_served(asked: Asked) -> dict[str, Any]:
+    """Search the first seed's model on a cluster; time its front through Ray Serve."""
+    config = search_config(subject(asked.seeds[0]), asked.folder, name="served")
+    config = config.replace(served_finalists=8, num_trials=24)
+    with cluster("search-served") as session:
+        run(config, session)
+    document = json.loads((Path(config.output_dir) / config.name / "search.json").read_text())
+    points = [
+        {
+            "model": row["summary"],
+            "served_ms": row["served_ms"],
+            "predicted_ms": row["predicted_served_ms"],
+            "error": row["predicted_served_ms"] / row["served_ms"] - 1,
+        }
+        for row in document["trials"]
+        if row["served_ms"] is not None and row["assignment"]
+    ]
+    return {"latency_error": max(abs(point["error"]) for point in points), "served": points}
+
+
+def kill_driver(asked: Asked) -> dict[str, Any]:
+    """Kill the driver of a short search ten times."""
+    found = subject(asked.seeds[0])
+    config = search_config(
+        found,
+        asked.folder,
+        name="killed",
+        num_trials=16,
+        layers_per_group=4,
+        granularity="part",
+        generations=2,
+        rungs=(
+            Rung(eval_sequences=16, keep_ratio=0.25),
+            Rung(eval_sequences=32, keep_ratio=1.0, real=True),
+        ),
+        served_finalists=0,
+    )
+    with cluster("search-killed") as session:
+        return measure_kills(config, session, _NUM_KILLS, asked.seeds[0], asked.say)
+
+
+SECTIONS: dict[str, Callable[[Asked], dict[str, Any]]] = {
+    "search": compare_contenders,
+    "served": time_served,
+    "resume": kill_driver,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write the report; return the exit code."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser().parse_args(given)
+    document = document_of(_CLAIM, "search", given)
+    with tempfile.TemporaryDirectory(prefix="raysmith-bench-") as work:
+        plots = arguments.plots or arguments.json.parent
+        asked = Asked(arguments.seeds, Path(work), plots, say_on_stderr())
+
+        def measure(name: str) -> dict[str, Any]:
+            found = SECTIONS[name](asked)
+            # What is served belongs to the search's own figures.
+            key = "resume" if name == "resume" else "search"
+            return {key: {**document.get(key, {}), **found}}
+
+        return run_sections(document, arguments.json, arguments.only or SECTIONS, measure)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="report's file")
+    parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), help="sections to run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="models by seed")
+    parser.add_argument("--plots", type=Path, help="folder of plots; unset: beside the report")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
