@@ -1,4 +1,4 @@
-"""The commands `raysmith models` and `serve`: published models, and which of them answer.
+"""The commands `raysmith models`, `export` and `serve`: published models, and which answer.
 
 Takes words; changes the registry or hands over to a deployment or a rollout.
 """
@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from cluster.config import parse_config
 from cluster.errors import ConfigError
 from cluster.session import find_session
 from cluster.storage import resolve_output
-from jobs.entry import guard, print_json
+from jobs.entry import guard, print_json, print_rows, value_rows
 
 models_app = typer.Typer(help="Published models: list, publish, promote, roll back.")
 
@@ -111,6 +112,46 @@ def roll_back_model(
 ) -> int:
     """Point name@production back to the version before."""
     return _change_alias(f"{name}@-", registry, lambda r, model, _: r.roll_back(model))
+
+
+def export(
+    model: Annotated[str, typer.Option(help="Directory, or name@version in the registry.")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="gguf-q8_0, gguf-q4_0 or gguf-bf16: what dense matrices become; quantized ones "
+            "keep their integers.",
+        ),
+    ],
+    output: Annotated[str, typer.Option(help="File to write, *.gguf; must not exist.")],
+    registry: RegistryRoot = "runs/registry",
+    json: Json = False,
+) -> int:
+    """Write a model as one GGUF file for llama.cpp."""
+
+    def action() -> None:
+        from jobs.export import ExportFormat, export_model
+
+        if kind not in list(ExportFormat):
+            raise ConfigError(
+                f"`--format` = {kind} is none that there is: {', '.join(ExportFormat)}."
+            )
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("exporting", total=None)
+            values = export_model(
+                model,
+                ExportFormat(kind),
+                output,
+                registry=registry,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        if json:
+            print_json(values)
+        else:
+            print_rows("export", value_rows(values))
+
+    return guard(action)
 
 
 def serve(

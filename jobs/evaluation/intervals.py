@@ -73,11 +73,11 @@ def median_ratio(base: NDArray[np.float64], candidate: NDArray[np.float64]) -> I
     assert base.size > 0, "no values to compare"
     ratios = np.sort(np.asarray(candidate, np.float64) / np.asarray(base, np.float64))
     place = _sign_test_place(ratios.size)
-    is_bounded = place is not None
+    point = float(np.median(ratios))
+    if place is None:
+        return Interval(point=point, lower=0.0, upper=math.inf)
     return Interval(
-        point=float(np.median(ratios)),
-        lower=float(ratios[place]) if is_bounded else 0.0,
-        upper=float(ratios[ratios.size - 1 - place]) if is_bounded else math.inf,
+        point=point, lower=float(ratios[place]), upper=float(ratios[ratios.size - 1 - place])
     )
 
 
