@@ -35,7 +35,7 @@ from jobs.compression.shared_inputs import (
     shared_inputs,
 )
 from jobs.compression.steps import Action, ModelShape, final_layouts, resolve
-from jobs.config import DecoderConfig, Recipe
+from jobs.config import Recipe
 from jobs.kernels.formats import Layout, QuantizedWeight, Scheme
 from jobs.models.decoder import Decoder
 from jobs.models.encoder import Encoder
@@ -73,7 +73,7 @@ def apply_recipe(
     method that needs text where there is none or no decoder, and inputs that determine no answer.
     """
     actions = resolve(recipe, model.config)
-    _check_text(actions, model.config, has_text=text_NT is not None)
+    _check_text(actions, has_text=text_NT is not None)
     final = final_layouts(actions)
     if not isinstance(model, Decoder):
         work = _Work(model, final)
@@ -99,7 +99,7 @@ def needs_text(shape: ModelShape, recipe: Recipe, *, has_text: bool) -> bool:
     Raises RecipeError for whatever `apply_recipe` would refuse before it computes.
     """
     actions = resolve(recipe, shape)
-    _check_text(actions, shape, has_text=has_text)
+    _check_text(actions, has_text=has_text)
     return any(action.needs_text for action in actions)
 
 
@@ -137,15 +137,13 @@ def predicted_bytes(shape: ModelShape, recipe: Recipe) -> int:
     return 2 * (num_all - num_linear) + linear_bytes
 
 
-def _check_text(actions: Sequence[Action], shape: ModelShape, *, has_text: bool) -> None:
-    why = None
-    if not isinstance(shape, DecoderConfig):
-        why = "the model is an encoder, and it knows the blocks of decoders. Use rtn"
-    elif not has_text:
-        why = "it has to see text. Give `calibration`, or use rtn or magnitude"
+def _check_text(actions: Sequence[Action], *, has_text: bool) -> None:
     for action in actions:
-        if action.needs_text and why is not None:
-            raise RecipeError(f"{action.place} cannot be applied: {why}.")
+        if action.needs_text and not has_text:
+            raise RecipeError(
+                f"{action.place} cannot be applied: it has to see text. Give `calibration`, or use "
+                "rtn or magnitude."
+            )
 
 
 def _reshape(model: Decoder, action: Action, text_NT: Tensor | None) -> None:

@@ -63,14 +63,19 @@ def resolve(recipe: Recipe, shape: ModelShape) -> list[Action]:
     """Return the actions of a recipe on a model of this shape.
 
     Raises RecipeError for a target that matches no layer, a group size that does not divide, a
-    method or option that does not exist, a change of weights that are quantized already, and
-    scaling for a format that no later step gives.
+    method or option that does not exist or is not for this family, a change of weights that are
+    quantized already, and scaling for a format that no later step gives.
     """
     actions: list[Action] = []
     quantized_by: dict[str, int] = {}
     shapes = linear_shapes(shape)
     for number, step in enumerate(recipe.steps, start=1):
         action = _action(number, step, shape, shapes)
+        if action.needs_text and not isinstance(shape, DecoderConfig):
+            raise RecipeError(
+                f"{action.place} cannot be applied: it has to see text in the blocks of a decoder, "
+                "and this model is an encoder. Use rtn or magnitude."
+            )
         if action.shape != shape:
             shape, shapes = action.shape, linear_shapes(action.shape)
         for layer in _changed_layers(action):
@@ -102,16 +107,14 @@ def _action(number: int, step: Step, shape: ModelShape, shapes: Shapes) -> Actio
     except ConfigError as error:
         raise RecipeError(str(error)) from None
     layers = tuple(_matching(step.targets, list(shapes), place))
-    if isinstance(method, ShapingMethod):
+    if isinstance(method, ShapingMethod) and isinstance(shape, DecoderConfig):
         shape = _reshaped(method, parsed, step, shape, place)
     return Action(number, step.method, method, parsed, method.layout(parsed), layers, shape)
 
 
 def _reshaped(
-    method: ShapingMethod, options: StrictModel, step: Step, shape: ModelShape, place: str
+    method: ShapingMethod, options: StrictModel, step: Step, shape: DecoderConfig, place: str
 ) -> DecoderConfig:
-    if not isinstance(shape, DecoderConfig):
-        raise RecipeError(f"{place} cannot be applied: it cuts decoders, and this is an encoder.")
     if step.targets != _ALL:
         raise RecipeError(
             f"{place}: it changes the model as a whole. Leave `targets` out; its options say what "

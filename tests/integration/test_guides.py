@@ -60,7 +60,7 @@ def test_guide_to_your_own_model_when_followed_publishes_it(folder: Path):
 
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
-TRAINED = SHAPE.replace(num_layers=6, num_heads=4, num_kv_heads=2, intermediate_size=768)
+TRAINED = SHAPE.replace(num_heads=4, num_kv_heads=2, intermediate_size=640)
 QUICK = ("--set", "calibration.num_sequences=4", "--set", "calibration.seq_len=32")
 
 
@@ -91,6 +91,8 @@ def test_guide_to_compression_when_followed_makes_every_model(trained: Path):
         assert name == "raysmith"
         if words[0] == "compress" and "calibration" in Path(words[2]).read_text():
             words.extend(QUICK)
+        if words[0] == "evaluate":
+            words.extend(["--set", "gate.eval_sequences=16"])
         assert raysmith.main(words) == 0, words
     made = {path.name for path in (trained / "runs").iterdir()}
     named = {
