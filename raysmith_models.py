@@ -114,6 +114,32 @@ def roll_back_model(
     return _change_alias(f"{name}@-", registry, lambda r, model, _: r.roll_back(model))
 
 
+def widths(
+    model: Annotated[str, typer.Option(help="Directory of a dense decoder.")],
+    data: Annotated[str, typer.Option(help="Folder of packed shards, as a training run wrote it.")],
+    keep: Annotated[float, typer.Option(help="Share of the MLPs' channels that stay.")],
+    multiple_of: Annotated[int, typer.Option(help="Each width is a multiple of this.")] = 128,
+    num_sequences: Annotated[int, typer.Option(help="Sequences of text that are looked at.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens of one of them.")] = 256,
+    json: Json = False,
+) -> int:
+    """Propose widths of each block's MLP for the method `width`, by what matters on a text."""
+
+    def action() -> None:
+        from jobs.config import CalibrationConfig
+        from jobs.widths import propose_widths
+
+        values = {"data": data, "num_sequences": num_sequences, "seq_len": seq_len}
+        calibration = parse_config(CalibrationConfig, values, "raysmith widths")
+        found = propose_widths(model, calibration, keep=keep, multiple_of=multiple_of)
+        if json:
+            print_json(found)
+        else:
+            print_rows("widths", value_rows(found))
+
+    return guard(action)
+
+
 def export(
     model: Annotated[str, typer.Option(help="Directory, or name@version in the registry.")],
     kind: Annotated[

@@ -100,6 +100,11 @@ def _architecture(config: DecoderConfig) -> str:
         raise ModelFormatError("GGUF export knows no scaled rotary positions (`rope_scaling`).")
     if config.sliding_window is not None and config.sliding_window < config.max_seq_len:
         raise ModelFormatError("GGUF export knows no sliding window of attention.")
+    if config.intermediate_sizes is not None:
+        raise ModelFormatError(
+            f"GGUF export knows no blocks of different width (intermediate_sizes="
+            f"{list(config.intermediate_sizes)}). Prune to one `intermediate_size` instead."
+        )
     return _ARCHITECTURES[config.shape]
 
 

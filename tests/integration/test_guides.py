@@ -60,7 +60,7 @@ def test_guide_to_your_own_model_when_followed_publishes_it(folder: Path):
 
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
-TRAINED = SHAPE.replace(num_heads=4, num_kv_heads=2, intermediate_size=640)
+TRAINED = SHAPE.replace(num_layers=6, num_heads=4, num_kv_heads=2, intermediate_size=640)
 QUICK = ("--set", "calibration.num_sequences=4", "--set", "calibration.seq_len=32")
 
 
