@@ -208,7 +208,7 @@ def _layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
         "self_attn.v_proj": (key_size, hidden),
         "self_attn.o_proj": (hidden, query_size),
     }
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for block, inner in enumerate(config.mlp_sizes):
         mlp = {
             "gate_proj": (inner, hidden),
