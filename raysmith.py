@@ -38,6 +38,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(raysmith_models.models_app, name="models", no_args_is_help=True)
+app.command("widths")(raysmith_models.widths)
+app.command("export")(raysmith_models.export)
 app.command("serve")(raysmith_models.serve)
 app.add_typer(raysmith_accounts.teams_app, name="teams", no_args_is_help=True)
 app.add_typer(raysmith_accounts.keys_app, name="keys", no_args_is_help=True)

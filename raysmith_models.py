@@ -1,4 +1,4 @@
-"""The commands `raysmith models` and `serve`: published models, and which of them answer.
+"""The commands `raysmith models`, `export` and `serve`: published models, and which answer.
 
 Takes words; changes the registry or hands over to a deployment or a rollout.
 """
@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from cluster.config import parse_config
 from cluster.errors import ConfigError
 from cluster.session import find_session
 from cluster.storage import resolve_output
-from jobs.entry import guard, print_json
+from jobs.entry import guard, print_json, print_rows, value_rows
 
 models_app = typer.Typer(help="Published models: list, publish, promote, roll back.")
 
@@ -111,6 +112,72 @@ def roll_back_model(
 ) -> int:
     """Point name@production back to the version before."""
     return _change_alias(f"{name}@-", registry, lambda r, model, _: r.roll_back(model))
+
+
+def widths(
+    model: Annotated[str, typer.Option(help="Directory of a dense decoder.")],
+    data: Annotated[str, typer.Option(help="Folder of packed shards, as a training run wrote it.")],
+    keep: Annotated[float, typer.Option(help="Share of the MLPs' channels that stay.")],
+    multiple_of: Annotated[int, typer.Option(help="Each width is a multiple of this.")] = 128,
+    num_sequences: Annotated[int, typer.Option(help="Sequences of text that are looked at.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens of one of them.")] = 256,
+    json: Json = False,
+) -> int:
+    """Propose widths of each block's MLP for the method `width`, by what matters on a text."""
+
+    def action() -> None:
+        from jobs.config import CalibrationConfig
+        from jobs.widths import propose_widths
+
+        values = {"data": data, "num_sequences": num_sequences, "seq_len": seq_len}
+        calibration = parse_config(CalibrationConfig, values, "raysmith widths")
+        found = propose_widths(model, calibration, keep=keep, multiple_of=multiple_of)
+        if json:
+            print_json(found)
+        else:
+            print_rows("widths", value_rows(found))
+
+    return guard(action)
+
+
+def export(
+    model: Annotated[str, typer.Option(help="Directory, or name@version in the registry.")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="gguf-q8_0, gguf-q4_0 or gguf-bf16: what dense matrices become; quantized ones "
+            "keep their integers.",
+        ),
+    ],
+    output: Annotated[str, typer.Option(help="File to write, *.gguf; must not exist.")],
+    registry: RegistryRoot = "runs/registry",
+    json: Json = False,
+) -> int:
+    """Write a model as one GGUF file for llama.cpp."""
+
+    def action() -> None:
+        from jobs.export import ExportFormat, export_model
+
+        if kind not in list(ExportFormat):
+            raise ConfigError(
+                f"`--format` = {kind} is none that there is: {', '.join(ExportFormat)}."
+            )
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("exporting", total=None)
+            values = export_model(
+                model,
+                ExportFormat(kind),
+                output,
+                registry=registry,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        if json:
+            print_json(values)
+        else:
+            print_rows("export", value_rows(values))
+
+    return guard(action)
 
 
 def serve(

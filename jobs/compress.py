@@ -12,9 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from cluster.errors import VersionExistsError
+from cluster.errors import ModelFormatError, VersionExistsError
 from cluster.session import connect
 from cluster.storage import MANIFEST, resolve_output, staged_directory, verify_directory
+from jobs.compression import quantization_config
 from jobs.compression.encoders import save_encoder
 from jobs.compression.layer_work import InProcess, LayerWorkers
 from jobs.compression.packing import copy_companions, save_compressed
@@ -176,6 +177,12 @@ def _paths(config: CompressConfig) -> tuple[Path, Path]:
 
 def _shape(directory: Path) -> DecoderConfig | EncoderConfig:
     document = _hf.read_config(directory)
+    if quantization_config.KEY in document:
+        origin = _parent(directory).get("lineage", {}).get("parent")
+        raise ModelFormatError(
+            f"`model` = {directory} is quantized already, and a recipe starts from dense weights. "
+            f"Give the model that it was made from{f': {origin}' if origin else ''}."
+        )
     if is_encoder(document):
         return encoder.read_config(directory)
     return _hf.from_hf_config(document)

@@ -63,26 +63,26 @@ def count_parameters(decoder: DecoderConfig) -> int:
     """Return the number of weights; a tied embedding counts once."""
     embedding = decoder.vocab_size * decoder.hidden_size
     tied = 1 if decoder.tie_embeddings else 2
-    return tied * embedding + decoder.num_layers * _block(decoder) + decoder.hidden_size
+    return tied * embedding + _blocks(decoder) + decoder.hidden_size
 
 
 def count_matmul_parameters(decoder: DecoderConfig) -> int:
     """Return the weights that each token is multiplied by: linear layers and the output head."""
     head = decoder.vocab_size * decoder.hidden_size
-    return head + decoder.num_layers * sum(_linears(decoder))
+    return head + _linears(decoder)
 
 
-def _linears(decoder: DecoderConfig) -> tuple[int, int]:
-    """Weights of the linear layers of one block: attention and MLP."""
+def _linears(decoder: DecoderConfig) -> int:
+    """Weights of the linear layers of all blocks: attention and MLPs."""
     query = decoder.num_heads * decoder.resolved_head_dim
     key = decoder.num_kv_heads * decoder.resolved_head_dim
-    attention = decoder.hidden_size * (2 * query + 2 * key)
-    return attention, 3 * decoder.hidden_size * decoder.intermediate_size
+    attention = decoder.num_layers * (2 * query + 2 * key)
+    return decoder.hidden_size * (attention + 3 * sum(decoder.mlp_sizes))
 
 
-def _block(decoder: DecoderConfig) -> int:
+def _blocks(decoder: DecoderConfig) -> int:
     query = decoder.num_heads * decoder.resolved_head_dim
     key = decoder.num_kv_heads * decoder.resolved_head_dim
     biases = query + 2 * key if decoder.has_qkv_bias else 0
     head_norms = 2 * decoder.resolved_head_dim if decoder.has_qk_norm else 0
-    return sum(_linears(decoder)) + 2 * decoder.hidden_size + biases + head_norms
+    return _linears(decoder) + decoder.num_layers * (2 * decoder.hidden_size + biases + head_norms)

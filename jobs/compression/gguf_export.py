@@ -11,7 +11,7 @@ O output features, I input features, K blocks of a row, S = 32 weights of a bloc
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,10 +64,17 @@ class _Stored:
     kind: gguf.GGMLQuantizationType
 
 
-def export_gguf(directory: Path, target: Path, *, dense: DenseType = "BF16") -> dict[str, str]:
+def export_gguf(
+    directory: Path,
+    target: Path,
+    *,
+    dense: DenseType = "BF16",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, str]:
     """Write the file and return the type of every matrix by its name there.
 
-    `dense` is what matrices that are not quantized become: BF16, or rounded to nearest. Raises
+    `dense` is what matrices that are not quantized become: BF16, or rounded to nearest. `progress`
+    hears of tensors converted, of how many. Raises
     ModelFormatError for what GGUF or llama.cpp cannot express: FP8, groups that 32 does not divide,
     a scale too small for float16, scaled or windowed positions, a tokenizer that is no byte-level
     BPE; IntegrityError for damaged files, StorageError where the file cannot be written.
@@ -83,7 +90,7 @@ def export_gguf(directory: Path, target: Path, *, dense: DenseType = "BF16") -> 
         writer = gguf.GGUFWriter(target, architecture)
         _add_config(writer, config)
         _add_tokenizer(writer, directory, config)
-        kinds = _add_tensors(writer, tensors, layouts, config, dense)
+        kinds = _add_tensors(writer, tensors, layouts, config, dense, progress)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -96,6 +103,11 @@ def _architecture(config: DecoderConfig) -> str:
         raise ModelFormatError("GGUF export knows no scaled rotary positions (`rope_scaling`).")
     if config.sliding_window is not None and config.sliding_window < config.max_seq_len:
         raise ModelFormatError("GGUF export knows no sliding window of attention.")
+    if config.intermediate_sizes is not None:
+        raise ModelFormatError(
+            f"GGUF export knows no blocks of different width (intermediate_sizes="
+            f"{list(config.intermediate_sizes)}). Prune to one `intermediate_size` instead."
+        )
     return _ARCHITECTURES[config.shape]
 
 
@@ -177,10 +189,12 @@ def _add_tensors(
     layouts: Mapping[str, Layout],
     config: DecoderConfig,
     dense: DenseType,
+    progress: Callable[[int, int], None],
 ) -> dict[str, str]:
     kinds = {}
     names = [name for name in tensors if name.endswith((".weight", ".weight_packed", ".bias"))]
-    for name in names:
+    for number, name in enumerate(names, start=1):
+        progress(number, len(names))
         layer, _, kind = name.rpartition(".")
         if layer in layouts and kind != "bias":
             shape = _shape(tensors, layer)
@@ -190,7 +204,7 @@ def _add_tensors(
             tensor = tensors.pop(name).float()
             if _is_rotated(layer, config) and not layer.endswith("norm"):
                 tensor = tensor[_rotary_order(tensor.shape[0], config)]
-            stored = _plain(tensor, dense)
+            stored = _plain(name, tensor, dense)
         renamed = f"{_rename(layer)}.{'bias' if kind == 'bias' else 'weight'}"
         writer.add_tensor(renamed, stored.data, raw_dtype=stored.kind)
         if kind != "bias":
@@ -233,10 +247,15 @@ def _permuted(layer: str, weight: QuantizedWeight, config: DecoderConfig) -> Qua
     )
 
 
-def _plain(tensor: Tensor, dense: DenseType) -> _Stored:
+def _plain(name: str, tensor: Tensor, dense: DenseType) -> _Stored:
     values = tensor.numpy()
     if tensor.ndim == 1:
         return _Stored(values, gguf.GGMLQuantizationType.F32)
+    if dense != "BF16" and tensor.shape[1] % _BLOCK:
+        raise ModelFormatError(
+            f"`{name}` has rows of {tensor.shape[1]} values, which the blocks of {_BLOCK} of "
+            f"{dense} do not divide. Export it as BF16."
+        )
     kind = gguf.GGMLQuantizationType[dense]
     return _Stored(gguf.quants.quantize(values, kind), kind)
 

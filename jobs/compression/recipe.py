@@ -20,7 +20,7 @@ from jobs.compression.methods._protocol import Repair, RepairMethod, ShapingMeth
 from jobs.compression.shared_inputs import HEAD
 from jobs.compression.steps import Action, ModelShape, final_layouts, resolve
 from jobs.compression.text import CalibrationText, TextNeed, check_need
-from jobs.config import DecoderConfig, Recipe
+from jobs.config import Recipe
 from jobs.kernels.formats import Layout, QuantizedWeight, Scheme
 from jobs.models.decoder import Decoder
 from jobs.models.encoder import Encoder
@@ -63,7 +63,7 @@ def apply_recipe(
     no decoder, and inputs that determine no answer; DataError for less text than a step trains on.
     """
     actions = resolve(recipe, model.config)
-    _check_text(actions, model.config, has_text=text is not None)
+    _check_text(actions, has_text=text is not None)
     work = BlockWork(model, final_layouts(actions), workers or InProcess())
     if not isinstance(model, Decoder):
         work.run(actions, linear_names(model), None)
@@ -94,7 +94,7 @@ def needs_text(shape: ModelShape, recipe: Recipe, *, has_text: bool) -> bool:
     Raises RecipeError for whatever `apply_recipe` would refuse before it computes.
     """
     actions = resolve(recipe, shape)
-    _check_text(actions, shape, has_text=has_text)
+    _check_text(actions, has_text=has_text)
     return any(action.needs_text for action in actions)
 
 
@@ -137,16 +137,9 @@ def predicted_bytes(shape: ModelShape, recipe: Recipe) -> int:
     return 2 * (num_all - num_linear) + linear_bytes
 
 
-def _check_text(actions: Sequence[Action], shape: ModelShape, *, has_text: bool) -> None:
+def _check_text(actions: Sequence[Action], *, has_text: bool) -> None:
     for action in actions:
-        if not action.needs_text:
-            continue
-        if not isinstance(shape, DecoderConfig):
-            raise RecipeError(
-                f"{action.place} cannot be applied: the model is an encoder, and it knows the "
-                "blocks of decoders. Use rtn."
-            )
-        if not has_text:
+        if action.needs_text and not has_text:
             others = "" if action.is_of_model else ", or use rtn or magnitude"
             raise RecipeError(
                 f"{action.place} cannot be applied: it has to see text. Give `calibration`{others}."

@@ -75,8 +75,9 @@ def resolve(recipe: Recipe, shape: ModelShape) -> list[Action]:
     """Return the actions of a recipe on a model of this shape.
 
     Raises RecipeError for a target that matches no layer, a group size that does not divide, a
-    method or option that does not exist, a change of weights that are quantized already,
-    scaling for a format that no later step gives, and a `kv_cache` for an encoder.
+    method or option that does not exist or is not for this family, a change of weights that are
+    quantized already, scaling for a format that no later step gives, and a `kv_cache` for an
+    encoder.
     """
     if recipe.kv_cache != "auto" and not isinstance(shape, DecoderConfig):
         raise RecipeError(
@@ -88,6 +89,11 @@ def resolve(recipe: Recipe, shape: ModelShape) -> list[Action]:
     shapes = linear_shapes(shape)
     for number, step in enumerate(recipe.steps, start=1):
         action = _action(number, step, shape, shapes)
+        if action.needs_text and not isinstance(shape, DecoderConfig):
+            raise RecipeError(
+                f"{action.place} cannot be applied: it has to see text in the blocks of a decoder, "
+                "and this model is an encoder. Use rtn or magnitude."
+            )
         if action.shape != shape:
             shape, shapes = action.shape, linear_shapes(action.shape)
         for layer in _changed_layers(action):
@@ -119,7 +125,7 @@ def _action(number: int, step: Step, shape: ModelShape, shapes: Shapes) -> Actio
     except ConfigError as error:
         raise RecipeError(str(error)) from None
     layers = tuple(_matching(step.targets, list(shapes), place))
-    if isinstance(method, ShapingMethod | RepairMethod):
+    if isinstance(method, ShapingMethod | RepairMethod) and isinstance(shape, DecoderConfig):
         shape = _checked_whole(method, parsed, step, shape, place)
     return Action(number, step.method, method, parsed, method.layout(parsed), layers, shape)
 
@@ -128,12 +134,10 @@ def _checked_whole(
     method: ShapingMethod | RepairMethod,
     options: StrictModel,
     step: Step,
-    shape: ModelShape,
+    shape: DecoderConfig,
     place: str,
 ) -> DecoderConfig:
     """Return the shape after a step that changes a model as a whole."""
-    if not isinstance(shape, DecoderConfig):
-        raise RecipeError(f"{place} cannot be applied: it is for decoders, and this is an encoder.")
     if step.targets != _ALL:
         raise RecipeError(
             f"{place}: it changes the model as a whole. Leave `targets` out; its options say all."

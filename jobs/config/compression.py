@@ -66,14 +66,35 @@ class GateConfig(StrictModel):
     )
     max_size_ratio: float = Field(0.45, gt=0, description="Largest bytes over the bf16 model's.")
     max_latency_ratio: float | None = Field(
-        None, gt=0, description="Largest decode latency over the bf16 model's; unset: not judged."
+        None,
+        gt=0,
+        description="Largest decode latency over the bf16 model's; unset: by `require_faster`.",
+    )
+    require_faster: bool = Field(
+        True,
+        description="Refuse what decodes slower than the bf16 model beyond the noise of timing: "
+        "where the lower 95% bound of the paired ratios is above 1.02. Switch it off for a format "
+        "that only saves bytes on this machine.",
+    )
+    min_agreement: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Least share of greedy choices equal to the base's, for the lower 95% bound; "
+        "unset: measured, not judged.",
+    )
+    agreement_prompts: int = Field(
+        32, ge=8, description="Prompts for that, the beginnings of held-out sequences."
+    )
+    agreement_tokens: int = Field(
+        32, ge=1, description="Choices compared a prompt; at most half of `seq_len`."
     )
     max_cosine_distance: float = Field(
         1e-3, gt=0, description="Encoders: largest distance of a vector from the base model's."
     )
     eval_sequences: int = Field(128, ge=8, description="Held-out sequences.")
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples for the bound.")
-    seed: int = Field(0, description="Seed of the bootstrap.")
+    seed: int = Field(0, description="Seed of the sequences and the bootstrap.")
 
 
 class EvaluateConfig(StrictModel):

@@ -1,5 +1,6 @@
 """The shape of a model, and which one is trained."""
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -35,6 +36,11 @@ class DecoderConfig(StrictModel):
     vocab_size: int = Field(4096, ge=8, description="Rows of the embedding.")
     hidden_size: int = Field(256, ge=8, description="Width of the residual stream.")
     intermediate_size: int = Field(768, ge=8, description="Width of the gated MLP.")
+    intermediate_sizes: tuple[int, ...] | None = Field(
+        None,
+        description="Width of each block's MLP where they differ, as after pruning; "
+        "`intermediate_size` is then the largest.",
+    )
     num_layers: int = Field(6, ge=1, description="Number of blocks.")
     num_heads: int = Field(4, ge=1, description="Query heads.")
     num_kv_heads: int = Field(2, ge=1, description="Key and value heads.")
@@ -55,6 +61,19 @@ class DecoderConfig(StrictModel):
         return self.head_dim or self.hidden_size // self.num_heads
 
     @property
+    def mlp_sizes(self) -> tuple[int, ...]:
+        """Width of the MLP of every block."""
+        return self.intermediate_sizes or (self.intermediate_size,) * self.num_layers
+
+    def with_mlp_sizes(self, sizes: Sequence[int]) -> Self:
+        """Return the shape with as many blocks as there are sizes, of MLPs of these widths."""
+        return self.replace(
+            num_layers=len(sizes),
+            intermediate_size=max(sizes),
+            intermediate_sizes=tuple(sizes) if len(set(sizes)) > 1 else None,
+        )
+
+    @property
     def has_qkv_bias(self) -> bool:
         """Whether q, k and v projections carry a bias (Qwen2)."""
         return self.shape == "qwen2"
@@ -63,6 +82,20 @@ class DecoderConfig(StrictModel):
     def has_qk_norm(self) -> bool:
         """Whether q and k are normalised per head (Qwen3)."""
         return self.shape == "qwen3"
+
+    @model_validator(mode="after")
+    def _check_mlp_sizes(self) -> Self:
+        sizes = self.intermediate_sizes
+        if sizes is None:
+            return self
+        if len(sizes) != self.num_layers:
+            raise ValueError(f"{len(sizes)} intermediate_sizes for num_layers={self.num_layers}")
+        if min(sizes) < 8 or max(sizes) != self.intermediate_size:
+            raise ValueError(
+                f"intermediate_sizes={list(sizes)} must be at least 8 each, the largest "
+                f"intermediate_size={self.intermediate_size}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:

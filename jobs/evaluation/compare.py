@@ -7,20 +7,36 @@ manifest. It does not know why the model is evaluated or who publishes it.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from cluster.errors import ConfigError, ModelFormatError
-from cluster.storage import MANIFEST, resolve_output, verify_directory, write_manifest
+from cluster.storage import (
+    MANIFEST,
+    read_manifest,
+    resolve_output,
+    verify_directory,
+    write_manifest,
+)
 from jobs.compression.packing import LoadedModel, load_model
 from jobs.compression.recipe import predicted_bytes
-from jobs.config import DecoderConfig, EvaluateConfig, Recipe
+from jobs.config import DecoderConfig, EvaluateConfig, GateConfig, Recipe
 from jobs.data.tokens import TokenSplit, open_split
-from jobs.evaluation.gate import Judged, Measurement, judge
+from jobs.evaluation.agreement import greedy_agreement
+from jobs.evaluation.gate import Checks, Judged, Measurement, judge
+from jobs.evaluation.health import output_faults, weight_faults
+from jobs.evaluation.intervals import Interval, bootstrapped_mean, median_ratio
 from jobs.evaluation.latency import Latency, compare_latency
 from jobs.evaluation.quality import sequence_losses
 from jobs.models import _hf
 from jobs.registry import find_model
 
 _LATENCY_CONTEXT = 128
-_LATENCY_TOKENS = 32
+_LATENCY_TOKENS = 4
+_LATENCY_ROUNDS = 24
+_PROMPT_TOKENS = 64
+_LOOKED_AT = 8  # sequences on which every layer's outputs are looked at
 
 
 class Evaluation(Judged):
@@ -50,14 +66,19 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     manifest = verify_directory(model)
     loaded, base_loaded = load_model(model, verify=False), load_model(base)
     _check_same_vocabulary(loaded.config, base_loaded.config, split)
+    sequences = split.sample(config.gate.eval_sequences, config.seq_len, config.gate.seed)
     latency, base_latency = time_beside(loaded, base_loaded)
-    measured = _measure(config, split, loaded, base_loaded)
-    measured = measured.replace(
+    measured = Measurement.from_losses(
+        sequence_losses(base_loaded.model, sequences, kv_cache=base_loaded.kv_cache),
+        sequence_losses(loaded.model, sequences, kv_cache=loaded.kv_cache),
+        config.gate,
         size_bytes=weight_file_bytes(model),
-        latency_ms=latency.p50_ms,
-        base_latency_ms=base_latency.p50_ms,
+        base_size_bytes=predicted_bytes(base_loaded.config, Recipe()),
+        **dict(check(loaded, base_loaded, (latency, base_latency), sequences, config.gate)),
+        faults=find_faults(model, loaded, sequences),
     )
     verdict = judge(measured, config.gate)
+    verdict = verdict.replace(measured_on=_measured_on(config, split, base))
     if config.record:
         kept = {key: value for key, value in manifest.items() if key != "files"}
         kept.pop("self_sha256")
@@ -91,8 +112,49 @@ def time_beside(loaded: LoadedModel, base: LoadedModel) -> tuple[Latency, Latenc
         context=context,
         tokens=tokens,
         kv_caches=[loaded.kv_cache, base.kv_cache],
+        repeats=_LATENCY_ROUNDS,
     )
     return latency, base_latency
+
+
+def check(
+    loaded: LoadedModel,
+    base: LoadedModel,
+    times: tuple[Latency, Latency],
+    sequences: NDArray[np.int64],
+    limits: GateConfig,
+) -> Checks:
+    """Return what the gate judges of speed and answers, on held-out sequences [N, T + 1]."""
+    latency, base_latency = times
+    change = median_ratio(np.asarray(base_latency.rounds_ms), np.asarray(latency.rounds_ms))
+    return Checks(
+        latency_ms=latency.p50_ms,
+        base_latency_ms=base_latency.p50_ms,
+        latency_change=change,
+        agreement=measure_agreement(loaded, base, sequences, limits),
+        agreement_prompts=min(len(sequences), limits.agreement_prompts),
+    )
+
+
+def find_faults(
+    directory: Path, loaded: LoadedModel, sequences: NDArray[np.int64]
+) -> tuple[str, ...]:
+    """Return what is broken about a model's tensors and its outputs on some sequences."""
+    faults = output_faults(loaded.model, sequences[:_LOOKED_AT])
+    return (*weight_faults(directory), *faults)
+
+
+def measure_agreement(
+    loaded: LoadedModel, base: LoadedModel, sequences: NDArray[np.int64], limits: GateConfig
+) -> Interval:
+    """Return the share of equal greedy choices after beginnings of sequences [N, T + 1].
+
+    At most half of a sequence is the prompt, 64 tokens at most, and half the continuation.
+    """
+    half = max(1, (sequences.shape[1] - 1) // 2)
+    prompts = sequences[: limits.agreement_prompts, : min(_PROMPT_TOKENS, half)]
+    shares = greedy_agreement(base.model, loaded.model, prompts, min(limits.agreement_tokens, half))
+    return bootstrapped_mean(shares, samples=limits.bootstrap_samples, seed=limits.seed)
 
 
 def weight_file_bytes(directory: Path) -> int:
@@ -100,18 +162,15 @@ def weight_file_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
-def _measure(
-    config: EvaluateConfig, split: TokenSplit, loaded: LoadedModel, base: LoadedModel
-) -> Measurement:
-    gate = config.gate
-    sequences = split.sample(gate.eval_sequences, config.seq_len, gate.seed)
-    return Measurement.from_losses(
-        sequence_losses(base.model, sequences, kv_cache=base.kv_cache),
-        sequence_losses(loaded.model, sequences, kv_cache=loaded.kv_cache),
-        gate,
-        size_bytes=0,
-        base_size_bytes=predicted_bytes(base.config, Recipe()),
-    )
+def _measured_on(config: EvaluateConfig, split: TokenSplit, base: Path) -> dict[str, str | int]:
+    """Return what a verdict depends on beside its limits; digests, since folders move."""
+    return {
+        "base_sha256": read_manifest(base)["self_sha256"],
+        "data_sha256": read_manifest(split.folder)["self_sha256"],
+        "split": config.split,
+        "seq_len": config.seq_len,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _paths(config: EvaluateConfig) -> tuple[Path, Path]:

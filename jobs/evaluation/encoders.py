@@ -4,6 +4,7 @@ Takes an EvaluateConfig whose `data` is a text file, an input a line; gives an E
 and, if asked, writes the verdict into the model's manifest. It does not know who publishes it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from jobs.compression.recipe import predicted_bytes
 from jobs.config import EvaluateConfig, GateConfig, Recipe
 from jobs.data.tokenizer import check_fits, load_tokenizer
 from jobs.evaluation.gate import Judged, Verdict
+from jobs.evaluation.health import weight_faults
 from jobs.models import _hf
 from jobs.models.encoder import is_encoder, read_config
 
@@ -46,7 +48,9 @@ def evaluate_encoder(config: EvaluateConfig) -> EncoderEvaluation:
     distance_N = 1 - (_vectors(loaded, inputs) * _vectors(base_loaded, inputs)).sum(dim=-1)
     size_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     base_bytes = predicted_bytes(read_config(base), Recipe())
-    verdict = judge_distances(distance_N, (size_bytes, base_bytes), config.gate)
+    verdict = judge_distances(
+        distance_N, (size_bytes, base_bytes), config.gate, weight_faults(model)
+    )
     if config.record:
         kept = {key: value for key, value in manifest.items() if key != "files"}
         kept.pop("self_sha256")
@@ -56,15 +60,19 @@ def evaluate_encoder(config: EvaluateConfig) -> EncoderEvaluation:
 
 
 def judge_distances(
-    distance_N: Tensor, sizes_bytes: tuple[int, int], limits: GateConfig
+    distance_N: Tensor,
+    sizes_bytes: tuple[int, int],
+    limits: GateConfig,
+    faults: Sequence[str] = (),
 ) -> Verdict:
     """Judge cosine distances, one an input, and the bytes of model and base.
 
-    The farthest input decides. What is not finite, or not smaller than its origin, is refused.
+    The farthest input decides. What is not finite, has `faults` or is not smaller than its origin
+    is refused.
     """
     size_bytes, base_bytes = sizes_bytes
     farthest, ratio = float(distance_N.max()), size_bytes / base_bytes
-    reasons = []
+    reasons = list(faults)
     if not farthest <= limits.max_cosine_distance:
         reasons.append(
             f"the farthest vector is {farthest:.2g} from the base model's, the limit "
@@ -88,6 +96,7 @@ def judge_distances(
             "size_ratio": ratio,
             "max_size_ratio": limits.max_size_ratio,
         },
+        limits=limits,
     )
 
 

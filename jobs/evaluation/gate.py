@@ -17,9 +17,27 @@ from cluster.errors import GateRefusedError
 from jobs.config import GateConfig
 from jobs.evaluation.intervals import Interval, perplexity_increase
 
+_NAMED_FAULTS = 3
+# Two timings of one model differ by this much, bounds and all: 24 of 24 pairs stayed below.
+_SAME_SPEED = 1.02
 
-class Measurement(StrictModel):
-    """A compressed model beside the bf16 model it came from."""
+
+class Checks(StrictModel):
+    """What is measured of a model beside its losses and its size; what is None was not.
+
+    `latency_change` is the interval of paired latency ratios, `agreement` that of the share of
+    greedy choices equal to the base's.
+    """
+
+    latency_ms: float | None = None
+    base_latency_ms: float | None = None
+    latency_change: Interval | None = None
+    agreement: Interval | None = None
+    agreement_prompts: int = 0
+
+
+class Measurement(Checks):
+    """A compressed model beside the bf16 model it came from; `faults` are sentences."""
 
     perplexity_increase: Interval
     base_perplexity: float
@@ -27,8 +45,7 @@ class Measurement(StrictModel):
     num_sequences: int
     size_bytes: int
     base_size_bytes: int
-    latency_ms: float | None = None
-    base_latency_ms: float | None = None
+    faults: tuple[str, ...] = ()
 
     @classmethod
     def from_losses(
@@ -36,11 +53,11 @@ class Measurement(StrictModel):
         base_losses: NDArray[np.float64],
         losses: NDArray[np.float64],
         limits: GateConfig,
-        **measured: int | float | None,
+        **measured: Any,
     ) -> Self:
         """Return a measurement from two models' losses, in nats per token, of equal sequences.
 
-        `measured` are the sizes and latencies.
+        `measured` are the other fields: sizes, latencies and the rest.
         """
         return cls(
             perplexity_increase=perplexity_increase(
@@ -66,11 +83,16 @@ class Measurement(StrictModel):
 
 
 class Verdict(StrictModel):
-    """Whether a model may be published, why not, and the numbers it was judged by."""
+    """Whether a model may be published, why not, and the numbers it was judged by.
+
+    With all limits and seeds, and what was measured on, so that it can be measured again.
+    """
 
     passed: bool
     reasons: tuple[str, ...] = ()
     numbers: dict[str, float | int | None] = Field(default_factory=dict)
+    limits: GateConfig | None = None
+    measured_on: dict[str, str | int] = Field(default_factory=dict)
 
 
 class Judged(StrictModel):
@@ -100,15 +122,20 @@ def judge(measurement: Measurement, limits: GateConfig) -> Verdict:
     """Judge a measurement; every broken limit is one reason.
 
     A number that is not finite, or too few sequences, is a refusal: what was not measured is not
-    good. A model that is not smaller than its origin is refused whatever the limits say.
+    good. A model that is broken, or not smaller than its origin, is refused whatever the limits.
     """
     reasons = [
+        *_fault_reasons(measurement),
         *_quality_reasons(measurement, limits),
         *_size_reasons(measurement, limits),
+        *_agreement_reasons(measurement, limits),
         *_latency_reasons(measurement, limits),
     ]
     return Verdict(
-        passed=not reasons, reasons=tuple(reasons), numbers=_numbers(measurement, limits)
+        passed=not reasons,
+        reasons=tuple(reasons),
+        numbers=_numbers(measurement, limits),
+        limits=limits,
     )
 
 
@@ -130,6 +157,13 @@ def require_passed(manifest: dict[str, Any], what: str) -> Verdict:
     return verdict
 
 
+def _fault_reasons(measurement: Measurement) -> list[str]:
+    faults = measurement.faults
+    more = len(faults) - _NAMED_FAULTS
+    rest = [f"{more} more parts of the model are broken like these"] if more > 0 else []
+    return [*faults[:_NAMED_FAULTS], *rest]
+
+
 def _quality_reasons(measurement: Measurement, limits: GateConfig) -> list[str]:
     interval = measurement.perplexity_increase
     values = (interval.point, interval.upper, measurement.perplexity, measurement.base_perplexity)
@@ -141,7 +175,7 @@ def _quality_reasons(measurement: Measurement, limits: GateConfig) -> list[str]:
             f"judged on {measurement.num_sequences} sequences, "
             f"eval_sequences={limits.eval_sequences} are asked for"
         )
-    if interval.upper > limits.max_perplexity_increase:
+    if max(interval.point, interval.upper) > limits.max_perplexity_increase:
         reasons.append(
             f"the upper 95% bound of the perplexity increase is {interval.upper:.2%} "
             f"(point {interval.point:.2%}), the limit {limits.max_perplexity_increase:.2%}"
@@ -163,22 +197,42 @@ def _size_reasons(measurement: Measurement, limits: GateConfig) -> list[str]:
     return []
 
 
-def _latency_reasons(measurement: Measurement, limits: GateConfig) -> list[str]:
-    if limits.max_latency_ratio is None:
+def _agreement_reasons(measurement: Measurement, limits: GateConfig) -> list[str]:
+    found, least = measurement.agreement, limits.min_agreement
+    if least is None:
         return []
-    ratio = measurement.latency_ratio
-    if ratio is None or not math.isfinite(ratio) or ratio <= 0:
-        return ["the decode latency was not measured, and max_latency_ratio asks for it"]
-    if ratio > limits.max_latency_ratio:
+    if found is None or not math.isfinite(found.lower):
+        return ["the agreement of greedy choices was not measured, and min_agreement asks for it"]
+    if found.lower < least:
         return [
-            f"the decode latency is {ratio:.2f} of the bf16 model's, "
-            f"the limit {limits.max_latency_ratio:.2f}"
+            f"the lower 95% bound of the share of greedy choices equal to the base's is "
+            f"{found.lower:.1%} (point {found.point:.1%}), the limit {least:.1%}"
         ]
     return []
 
 
+def _latency_reasons(measurement: Measurement, limits: GateConfig) -> list[str]:
+    reasons = []
+    ratio, limit = measurement.latency_ratio, limits.max_latency_ratio
+    if limit is not None:
+        if ratio is None or not math.isfinite(ratio) or ratio <= 0:
+            return ["the decode latency was not measured, and max_latency_ratio asks for it"]
+        if ratio > limit:
+            reasons.append(
+                f"the decode latency is {ratio:.2f} of the bf16 model's, the limit {limit:.2f}"
+            )
+    change = measurement.latency_change
+    if limits.require_faster and change is not None and change.lower > _SAME_SPEED:
+        reasons.append(
+            f"the model is slower than the one it came from: decoding takes {change.point:.2f} of "
+            f"its time (95% bounds {change.lower:.2f} and {change.upper:.2f}). On this machine the "
+            "format saves bytes only; require_faster=false accepts that"
+        )
+    return reasons
+
+
 def _numbers(measurement: Measurement, limits: GateConfig) -> dict[str, float | int | None]:
-    interval = measurement.perplexity_increase
+    interval, agreement = measurement.perplexity_increase, measurement.agreement
     return {
         "perplexity": _finite(measurement.perplexity),
         "base_perplexity": _finite(measurement.base_perplexity),
@@ -194,8 +248,18 @@ def _numbers(measurement: Measurement, limits: GateConfig) -> dict[str, float | 
         "latency_ms": measurement.latency_ms,
         "base_latency_ms": measurement.base_latency_ms,
         "latency_ratio": measurement.latency_ratio,
+        **_bounds("latency_ratio", measurement.latency_change),
         "max_latency_ratio": limits.max_latency_ratio,
+        "agreement": None if agreement is None else _finite(agreement.point),
+        **_bounds("agreement", agreement),
+        "agreement_prompts": measurement.agreement_prompts,
+        "min_agreement": limits.min_agreement,
     }
+
+
+def _bounds(name: str, interval: Interval | None) -> dict[str, float | int | None]:
+    lower, upper = (math.nan, math.nan) if interval is None else (interval.lower, interval.upper)
+    return {f"{name}_lower95": _finite(lower), f"{name}_upper95": _finite(upper)}
 
 
 def _finite(value: float) -> float | None:

@@ -1,8 +1,10 @@
-"""Confidence intervals of a quality difference, from paired per-sequence losses.
+"""Confidence intervals of a difference between two models, from what was measured in pairs.
 
-Takes two arrays of losses over the same sequences; gives an interval. It does not know what was
-evaluated, and needs neither torch nor a model.
+Takes arrays of values over the same sequences, prompts or rounds; gives an interval. It does not
+know what was evaluated, and needs neither torch nor a model.
 """
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from cluster.config import StrictModel
 
 _CONFIDENCE = 0.95
 _ROWS_AT_ONCE = 256
+_NAN = float("nan")
 
 
 class Interval(StrictModel):
@@ -31,22 +34,62 @@ def perplexity_increase(
 
     Both arrays are [N] mean losses in nats per token over the same N sequences. The bounds are
     one-sided 95% percentile bounds of a paired bootstrap over sequences (Efron and Tibshirani
-    1993, chapter 13) of exp(mean difference) - 1: pairing removes what is common to both models.
-    A loss that is not finite makes every number NaN, which the gate refuses.
+    1993, chapter 13) of exp(mean difference) - 1: pairing removes what is common to both models,
+    and a copy's difference is exactly 0. A loss that is not finite makes every number NaN, which
+    the gate refuses.
     """
     assert base.shape == candidate.shape, f"unpaired losses: {base.shape} and {candidate.shape}"
-    assert base.ndim == 1, f"expected [N] losses, found shape {base.shape}"
-    assert base.size > 0, "no losses to compare"
     differences = np.asarray(candidate, np.float64) - np.asarray(base, np.float64)
-    if not np.isfinite(differences).all():
-        return Interval(point=float("nan"), lower=float("nan"), upper=float("nan"))
-    means = _resampled_means(differences, samples, seed)
-    lower, upper = np.quantile(means, [1 - _CONFIDENCE, _CONFIDENCE])
+    found = bootstrapped_mean(differences, samples=samples, seed=seed)
     return Interval(
-        point=float(np.expm1(differences.mean())),
-        lower=float(np.expm1(lower)),
-        upper=float(np.expm1(upper)),
+        point=float(np.expm1(found.point)),
+        lower=float(np.expm1(found.lower)),
+        upper=float(np.expm1(found.upper)),
     )
+
+
+def bootstrapped_mean(values: NDArray[np.float64], *, samples: int, seed: int) -> Interval:
+    """Return the mean of [N] values with percentile bounds of a bootstrap over them.
+
+    A value that is not finite makes every number NaN.
+    """
+    assert values.ndim == 1, f"expected [N] values, found shape {values.shape}"
+    assert values.size > 0, "no values to compare"
+    if not np.isfinite(values).all():
+        return Interval(point=_NAN, lower=_NAN, upper=_NAN)
+    means = _resampled_means(values, samples, seed)
+    lower, upper = np.quantile(means, [1 - _CONFIDENCE, _CONFIDENCE])
+    return Interval(point=float(values.mean()), lower=float(lower), upper=float(upper))
+
+
+def median_ratio(base: NDArray[np.float64], candidate: NDArray[np.float64]) -> Interval:
+    """Return the median of candidate / base over [N] pairs of positive values, such as times.
+
+    The bounds are order statistics: those of the sign test (Conover 1999, section 3.2), which
+    holds whatever the noise is like, as one pause of the machine may be longer than all the rest.
+    With fewer than five pairs there are no bounds at 95%; they are then 0 and infinity.
+    """
+    assert base.shape == candidate.shape, f"unpaired values: {base.shape} and {candidate.shape}"
+    assert base.size > 0, "no values to compare"
+    ratios = np.sort(np.asarray(candidate, np.float64) / np.asarray(base, np.float64))
+    place = _sign_test_place(ratios.size)
+    point = float(np.median(ratios))
+    if place is None:
+        return Interval(point=point, lower=0.0, upper=math.inf)
+    return Interval(
+        point=point, lower=float(ratios[place]), upper=float(ratios[ratios.size - 1 - place])
+    )
+
+
+def _sign_test_place(count: int) -> int | None:
+    """Return the place, from the bottom, of the value below the true median in 95% of cases."""
+    below, place = 0.0, None
+    for number in range(count):
+        below += math.comb(count, number) / 2**count
+        if below > 1 - _CONFIDENCE:
+            break
+        place = number
+    return place
 
 
 def _resampled_means(values: NDArray[np.float64], samples: int, seed: int) -> NDArray[np.float64]:

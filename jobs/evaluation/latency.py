@@ -22,7 +22,10 @@ _WARM_UP_STEPS = 2
 
 
 class Latency(StrictModel):
-    """Time of one decoding step of a whole batch, over all steps timed, and the memory held."""
+    """Time of one decoding step of a whole batch, over all steps timed, and the memory held.
+
+    `rounds_ms` are the medians of the runs that took turns with other models' runs.
+    """
 
     p50_ms: float
     p10_ms: float
@@ -33,6 +36,7 @@ class Latency(StrictModel):
     steps: int
     weight_bytes: int
     cache_bytes: int
+    rounds_ms: tuple[float, ...] = ()
 
 
 def decode_latency(
@@ -63,19 +67,20 @@ def compare_latency(
 ) -> list[Latency]:
     """Time several models in turns, so that a machine that slows down slows all of them alike.
 
-    `context` + `tokens` must not exceed any model's longest position. `kv_caches` says how each
-    keeps keys and values; unset: all in the type of activations.
+    Every other round goes backwards, so that none is always the first. `context` + `tokens` must
+    not exceed any model's longest position. `kv_caches` says how each keeps keys and values; unset:
+    all in the type of activations.
     """
     runs = _runs(models, kv_caches, batch, context, tokens)
-    times_s: list[list[float]] = [[] for _ in runs]
+    rounds: list[list[list[float]]] = [[] for _ in runs]
     with torch.inference_mode():
         for run in runs:
             run.prefill()
             run.decode(min(_WARM_UP_STEPS, tokens), clock)
-        for _ in range(repeats):
-            for run, seconds in zip(runs, times_s, strict=True):
-                seconds.extend(run.decode(tokens, clock))
-    return [run.summary(seconds) for run, seconds in zip(runs, times_s, strict=True)]
+        for number in range(repeats):
+            for place in range(len(runs))[:: -1 if number % 2 else 1]:
+                rounds[place].append(runs[place].decode(tokens, clock))
+    return [run.summary(taken) for run, taken in zip(runs, rounds, strict=True)]
 
 
 def request_times(
@@ -169,8 +174,9 @@ class _DecodeRun:
             seconds.append(clock() - began)
         return seconds
 
-    def summary(self, seconds: Sequence[float]) -> Latency:
+    def summary(self, rounds: Sequence[Sequence[float]]) -> Latency:
         """Return the spread of the steps' times."""
+        seconds = [step for steps in rounds for step in steps]
         p10, p50, p90 = np.quantile(np.asarray(seconds) * 1e3, [0.1, 0.5, 0.9])
         return Latency(
             p50_ms=float(p50),
@@ -182,6 +188,7 @@ class _DecodeRun:
             steps=len(seconds),
             weight_bytes=resident_bytes(self.model),
             cache_bytes=self.cache.bytes(),
+            rounds_ms=tuple(1e3 * float(np.median(steps)) for steps in rounds),
         )
 
     def _span(self, row: int, start: int, length: int) -> BlockSpan:

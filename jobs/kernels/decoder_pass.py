@@ -46,7 +46,7 @@ class DecoderWeights:
     embedding_VC: Tensor  # noqa: N815
     norm_C: Tensor  # noqa: N815
     layers: Sequence[LayerWeights]
-    intermediate_size: int
+    intermediate_size: int  # of the widest layer; each layer's own is that of its weights
     eps: float
 
 

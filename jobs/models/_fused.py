@@ -222,6 +222,7 @@ class _Layer:
         attention, mlp = block.self_attn, block.mlp
         self.number: int = attention.layer
         self._eps = config.norm_eps
+        self._width = config.mlp_sizes[self.number]
         self._norms = (_weight(block.input_layernorm), _weight(block.post_attention_layernorm))
         self.q_norm = None if attention.q_norm is None else _weight(attention.q_norm)
         self.k_norm = None if attention.k_norm is None else _weight(attention.k_norm)
@@ -254,9 +255,10 @@ class _Layer:
         self._o.write(space.o, space, space.x, adapters)
         space.h.add_(space.x)
         native_ops.rms_norm(space.h, self._norms[1], space.x, self._eps)
-        self._gate_up.write(space.x, space, space.gate_up, adapters)
-        product_TF = space.gate_up[:, : space.gate_up.shape[1] // 2]
-        native_ops.silu_mul(space.gate_up, product_TF)
+        gate_up_TF = space.gate_up[:, : 2 * self._width]
+        self._gate_up.write(space.x, space, gate_up_TF, adapters)
+        product_TF = gate_up_TF[:, : self._width]
+        native_ops.silu_mul(gate_up_TF, product_TF)
         self._down.write(product_TF, space, space.x, adapters)
         space.h.add_(space.x)
 

@@ -25,6 +25,7 @@ ARCHITECTURES: dict[Shape, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
 }
+_VARIED = "Raysmith"  # before the family's names: blocks differ in width
 _SHAPES = {architecture: shape for shape, architecture in ARCHITECTURES.items()}
 _REQUIRED = (
     "vocab_size",
@@ -44,7 +45,9 @@ _COMPUTED_AS = {  # Options of these architectures with the one value that decod
 def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
     """Return the config.json of a decoder, which transformers 4 and 5 read alike.
 
-    Raises ModelFormatError where the family's own class has no room for the configuration.
+    A decoder whose blocks differ in width has a type of its own, which transformers and vLLM do not
+    know and refuse. Raises ModelFormatError where the family's own class has no room for the
+    configuration.
     """
     _check_expressible(config)
     document: dict[str, Any] = {
@@ -69,6 +72,11 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
     }
+    if config.intermediate_sizes is not None:
+        # transformers has no class for it: an unknown type is refused there, not loaded wrongly.
+        document["architectures"] = [_VARIED + ARCHITECTURES[config.shape]]
+        document["model_type"] = f"{_VARIED.lower()}_{config.shape}"
+        document["intermediate_sizes"] = list(config.intermediate_sizes)
     if config.shape in ("llama", "qwen3"):
         document["attention_bias"] = False
     if config.shape == "llama":
@@ -109,6 +117,7 @@ def from_hf_config(document: Mapping[str, Any]) -> DecoderConfig:
         "vocab_size": document["vocab_size"],
         "hidden_size": document["hidden_size"],
         "intermediate_size": document["intermediate_size"],
+        "intermediate_sizes": document.get("intermediate_sizes"),
         "num_layers": document["num_hidden_layers"],
         "num_heads": document["num_attention_heads"],
         "num_kv_heads": document.get("num_key_value_heads") or document["num_attention_heads"],
@@ -188,7 +197,7 @@ def _check_expressible(config: DecoderConfig) -> None:
 
 def _shape_of(document: Mapping[str, Any]) -> Shape:
     named = document.get("architectures") or []
-    architecture = named[0] if named else None
+    architecture = named[0].removeprefix(_VARIED) if named else None
     if architecture is None:
         for shape in ARCHITECTURES:
             if document.get("model_type") == shape:

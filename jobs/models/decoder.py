@@ -113,8 +113,8 @@ class Decoder(nn.Module):
 class Block(nn.Module):
     """One layer: attention and a gated MLP, each normalised before and added to the residual.
 
-    Compiling each block compiles one graph for all: nothing read on the way without a given
-    `attention` differs between layers.
+    Compiling each block compiles one graph for all whose MLPs are of one width: nothing else that
+    is read on the way without a given `attention` differs between layers.
     """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
@@ -227,9 +227,10 @@ class _GatedMLP(_Part):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__(layer)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        width = config.mlp_sizes[layer]
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x_BTC: Tensor, adapters: RowAdapters | None) -> Tensor:
         gate_BTF = self.project("gate_proj", x_BTC, adapters)

@@ -72,6 +72,7 @@ class Search:
             ),
             packed=self.packed(task.number) if is_real else None,
             times_request=is_real and bool(assignment),
+            gate=config.gate if is_gate else None,
         )
 
     def packed(self, candidate: int) -> Path:

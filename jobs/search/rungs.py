@@ -26,8 +26,8 @@ def measure(config: SearchConfig, base_bytes: int, base: Result, found: Result) 
         config.gate,
         size_bytes=found.size_bytes,
         base_size_bytes=base_bytes,
-        latency_ms=found.latency_ms,
-        base_latency_ms=found.base_latency_ms,
+        faults=found.faults,
+        **dict(found.checks),
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from cluster.config import StrictModel
+from jobs.evaluation.gate import Checks
 from jobs.evaluation.kernel_times import KernelTimes
 
 # In this order: times of the kernels, each choice alone, rungs, the gate, and Ray Serve.
@@ -29,9 +30,9 @@ class Result(StrictModel):
 
     losses: tuple[float, ...] = ()
     size_bytes: int = 0
-    latency_ms: float | None = None
-    """A decoding step, with `base_latency_ms` of the unchanged model measured beside it."""
-    base_latency_ms: float | None = None
+    checks: Checks = Checks()
+    faults: tuple[str, ...] = ()
+    """Of the gate alone."""
     request_ms: float | None = None
     """A whole request of the workload, with the unchanged model's measured beside it."""
     base_request_ms: float | None = None

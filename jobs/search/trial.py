@@ -7,6 +7,7 @@ packed data from disk and knows neither Ray nor which trials there are.
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ from cluster.storage import read_manifest, staged_directory
 from jobs.compression.packing import LoadedModel, load_model, save_compressed
 from jobs.compression.recipe import Compressed, apply_recipe, needs_text, predicted_bytes
 from jobs.compression.text import open_text, read_text
-from jobs.config import CalibrationConfig, Recipe, Workload
+from jobs.config import CalibrationConfig, GateConfig, Recipe, Workload
 from jobs.data.tokens import Split, open_split
-from jobs.evaluation.compare import time_beside, weight_file_bytes
+from jobs.evaluation.compare import check, find_faults, time_beside, weight_file_bytes
 from jobs.evaluation.kernel_times import kernel_times
 from jobs.evaluation.latency import request_times
 from jobs.evaluation.quality import sequence_losses
@@ -63,6 +64,8 @@ class TrialSpec(StrictModel):
     num_sequences: int = 1
     packed: Path | None = None
     times_request: bool = False
+    gate: GateConfig | None = None
+    """At the stage `gate`: what is judged there is measured."""
     formats: tuple[Format, ...] = ()
     """At the stage `times`."""
     alone: tuple[Recipe, ...] = ()
@@ -118,12 +121,9 @@ def _score_packed(spec: TrialSpec) -> Result:
     )
     if not spec.times_request:
         return result
-    return _timed(spec, result, loaded)
-
-
-def _timed(spec: TrialSpec, result: Result, loaded: LoadedModel) -> Result:
     base = load_model(spec.model, verify=False)
-    latency, base_latency = time_beside(loaded, base)
+    if spec.gate is not None:
+        return result.replace(**_checked(spec, spec.gate, loaded, base))
     request_ms, base_request_ms = request_times(
         [loaded.model, base.model],
         prompt_tokens=spec.workload.prompt_tokens,
@@ -132,11 +132,21 @@ def _timed(spec: TrialSpec, result: Result, loaded: LoadedModel) -> Result:
         kv_caches=[loaded.kv_cache, base.kv_cache],
     )
     return result.replace(
-        latency_ms=latency.p50_ms,
-        base_latency_ms=base_latency.p50_ms,
         request_ms=statistics.median(request_ms),
         base_request_ms=statistics.median(base_request_ms),
     )
+
+
+def _checked(
+    spec: TrialSpec, limits: GateConfig, loaded: LoadedModel, base: LoadedModel
+) -> dict[str, Any]:
+    """Return what the gate judges beside losses and size."""
+    assert spec.packed is not None, "the gate judges what is written"
+    sequences = _sequences(spec)
+    return {
+        "checks": check(loaded, base, time_beside(loaded, base), sequences, limits),
+        "faults": find_faults(spec.packed, loaded, sequences),
+    }
 
 
 def _sequences(spec: TrialSpec) -> NDArray[np.int64]:

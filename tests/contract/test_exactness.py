@@ -50,6 +50,7 @@ SHAPES = {
     "qwen2": DecoderConfig(**BASE, shape="qwen2"),
     "qwen3": DecoderConfig(**BASE, shape="qwen3", head_dim=32, tie_embeddings=False),
     "mistral": DecoderConfig(**BASE, shape="mistral", sliding_window=11),
+    "varied": DecoderConfig(**BASE).with_mlp_sizes((40, 96)),
 }
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "top_k": 40}
 PENALISED = {"presence_penalty": 0.6, "frequency_penalty": 0.3, "repetition_penalty": 1.2}

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import raysmith
+from cluster.storage import staged_directory
 from jobs.config import DecoderConfig, TrainConfig
 from jobs.data.prepare import prepare
 from jobs.data.tokenizer import train_tokenizer
@@ -56,3 +57,53 @@ def test_guide_to_your_own_model_when_followed_publishes_it(folder: Path):
         assert raysmith.main(words) == 0
     entry = Registry(folder / "runs" / "registry").resolve("mine@production")
     assert 0 < entry.metrics["size_ratio"] < 0.75
+
+
+RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
+TRAINED = SHAPE.replace(num_layers=6, num_heads=4, num_kv_heads=2, intermediate_size=640)
+QUICK = ("--set", "calibration.num_sequences=4", "--set", "calibration.seq_len=32")
+
+
+@pytest.fixture
+def trained(folder: Path) -> Path:
+    """Return the same folder with what a run of stdlib-tiny.yaml leaves, of fewer parameters."""
+    values = {
+        "name": "stdlib-tiny",
+        "model": {"decoder": TRAINED.model_dump(), "init_from": str(folder / "models" / "mine")},
+        "data": {"source": "text", "paths": ["texts/*.txt"]},
+        "seq_len": 256,
+    }
+    run = folder / "runs" / "stdlib-tiny"
+    with staged_directory(run / "model", {"kind": "model"}) as staging:
+        save(build(TRAINED, seed=0), staging)
+        tokenizer = folder / "models" / "mine" / "tokenizer.json"
+        (staging / tokenizer.name).write_bytes(tokenizer.read_bytes())
+    prepare(TrainConfig.model_validate(values), run / "data")
+    return folder
+
+
+def test_guide_to_compression_when_followed_makes_every_model(trained: Path):
+    page = GUIDES / "compression.md"
+    for block in blocks(page, "yaml"):
+        name = block.splitlines()[0].removeprefix("# ")
+        (trained / name).write_text(block)
+    for name, *words in commands(page):
+        assert name == "raysmith"
+        if words[0] == "compress" and "calibration" in Path(words[2]).read_text():
+            words.extend(QUICK)
+        if words[0] == "evaluate":
+            words.extend(["--set", "gate.eval_sequences=16"])
+        assert raysmith.main(words) == 0, words
+    made = {path.name for path in (trained / "runs").iterdir()}
+    named = {
+        yaml.safe_load(block)["output"].removeprefix("runs/") for block in blocks(page, "yaml")
+    }
+    assert named | {"tiny-w8a8.gguf", "tiny-gptq.gguf"} <= made
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("compress-*.yaml")))
+def test_recipe_when_the_model_was_trained_compresses_it(trained: Path, recipe: str):
+    path = RECIPES / f"{recipe}.yaml"
+    quick = QUICK if "calibration" in path.read_text() else ()
+    assert raysmith.main(["compress", "--config", str(path), *quick]) == 0
+    assert (trained / yaml.safe_load(path.read_text())["output"] / "manifest.json").is_file()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from jobs.config import DecoderConfig, GateConfig, Rung, SearchConfig, Workload
+from jobs.evaluation.gate import Checks
 from jobs.evaluation.kernel_times import PRODUCTS, KernelTimes, spell
 from jobs.search.course import Finish, Wanted, decide
 from jobs.search.forecast import Forecast
@@ -84,8 +85,7 @@ def answer(of: Space, task: Task, candidates: Sequence[Assignment]) -> Result:
     return Result(
         losses=tuple(loss + known.predictor.rise(assignment) for loss in LOSSES),
         size_bytes=of.size_bytes(assignment),
-        latency_ms=request_ms / 32,
-        base_latency_ms=known.base_ms / 32,
+        checks=Checks(latency_ms=request_ms / 32, base_latency_ms=known.base_ms / 32),
         request_ms=request_ms + (5.0 if task.stage == "serve" else 0.0),
         base_request_ms=known.base_ms,
     )

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_training import write_random_data
 
 from cluster.errors import ConfigError, GateRefusedError, IntegrityError, ModelFormatError
@@ -47,7 +48,12 @@ def _config(made: Path, **changes: object) -> EvaluateConfig:
         "data": str(made / "data"),
         "registry": str(made / "registry"),
         "seq_len": 32,
-        "gate": {"eval_sequences": 16, "bootstrap_samples": 200, "max_size_ratio": 0.6},
+        "gate": {
+            "eval_sequences": 16,
+            "bootstrap_samples": 200,
+            "max_size_ratio": 0.6,
+            "require_faster": False,  # so small a model is not: kernels are not what takes time
+        },
     }
     return EvaluateConfig.model_validate({**values, **changes})
 
@@ -61,6 +67,9 @@ def test_evaluate_when_the_model_is_compressed_measures_both_and_passes(made: Pa
     assert numbers["size_bytes"] == weights
     assert found.latency.p50_ms > 0
     assert found.latency.weight_bytes < found.base_latency.weight_bytes
+    assert numbers["agreement_prompts"] == 16
+    assert 0 < numbers["agreement_lower95"] <= numbers["agreement"] <= 1
+    assert numbers["latency_ratio_lower95"] <= numbers["latency_ratio_upper95"]
     assert "gate" not in read_manifest(made / "small")
 
 
@@ -68,7 +77,11 @@ def test_evaluate_when_the_model_is_its_own_base_refuses_it(made: Path) -> None:
     found = evaluate(_config(made, model=str(made / "base")))
     assert not found.verdict.passed
     assert "not smaller" in found.verdict.reasons[0]
-    assert found.verdict.numbers["perplexity_increase"] == 0.0
+    numbers = found.verdict.numbers
+    assert numbers["perplexity_increase"] == 0.0
+    assert numbers["perplexity_increase_upper95"] == 0.0
+    assert numbers["agreement_lower95"] == 1.0
+    assert len(found.verdict.reasons) == 1
 
 
 def test_evaluate_when_the_cache_is_int8_measures_with_it(made: Path) -> None:
@@ -93,11 +106,28 @@ def test_evaluate_when_recorded_lets_the_model_be_published(made: Path) -> None:
     evaluate(_config(made, record=True))
     manifest = verify_directory(made / "small")
     assert manifest["metrics"]["a"] == 1
+    gate = manifest["gate"]
+    assert gate["limits"]["seed"] == 0
+    assert gate["measured_on"]["seq_len"] == 32
+    assert gate["measured_on"]["base_sha256"] == read_manifest(made / "base")["self_sha256"]
     entry = publish(made / "small", target)
     assert entry.metrics["size_ratio"] == manifest["gate"]["numbers"]["size_ratio"]
     assert evaluate(_config(made, model="m@production")).verdict.passed
     with pytest.raises(ConfigError, match="never changed"):
         evaluate(_config(made, model="m@production", record=True))
+
+
+def test_evaluate_when_a_layer_is_zero_names_it(made: Path, tmp_path: Path) -> None:
+    model = build(DECODER, seed=0)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    recipe = Recipe(steps=(Step(method="rtn", options={"scheme": "w4a16"}),))
+    with staged_directory(tmp_path / "m", {"kind": "model"}) as staging:
+        save_compressed(apply_recipe(model, recipe), staging)
+    found = evaluate(_config(made, model=str(tmp_path / "m")))
+    assert not found.verdict.passed
+    assert "`model.layers.1.mlp.down_proj" in found.verdict.reasons[0]
+    assert "zeros" in found.verdict.reasons[0]
 
 
 def test_evaluate_when_a_file_is_damaged_is_refused(made: Path, tmp_path: Path) -> None:

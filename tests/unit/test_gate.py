@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 
 from cluster.errors import GateRefusedError
@@ -70,6 +71,51 @@ def test_judge_when_latency_is_asked_for_and_missing_refuses() -> None:
     assert judge(GOOD, limits).passed
     assert not judge(GOOD.replace(latency_ms=None), limits).passed
     assert "1.20" in judge(GOOD.replace(latency_ms=12.0), limits).reasons[0]
+
+
+@pytest.mark.parametrize("lower", [0.9, 1.01, 1.05])
+def test_judge_when_slower_beyond_noise_refuses(lower: float) -> None:
+    is_refused = lower > 1.02
+    slower = GOOD.replace(latency_change=Interval(point=1.1, lower=lower, upper=1.2))
+    verdict = judge(slower, LIMITS)
+    assert verdict.passed is not is_refused
+    assert verdict.numbers["latency_ratio_lower95"] == lower
+    if is_refused:
+        assert "require_faster=false" in verdict.reasons[0]
+    assert judge(slower, GateConfig(require_faster=False)).passed
+
+
+def test_judge_when_agreement_is_asked_for_takes_its_lower_bound() -> None:
+    limits = GateConfig(min_agreement=0.9)
+    agreeing = GOOD.replace(agreement=Interval(point=0.95, lower=0.89, upper=0.99))
+    assert judge(agreeing, LIMITS).passed
+    assert judge(agreeing, LIMITS).numbers["agreement"] == 0.95
+    assert "89.0%" in judge(agreeing, limits).reasons[0]
+    assert "not measured" in judge(GOOD, limits).reasons[0]
+    assert judge(agreeing, limits.replace(min_agreement=0.89)).passed
+
+
+def test_judge_when_a_part_is_broken_refuses_and_names_the_first_ones() -> None:
+    verdict = judge(GOOD.replace(faults=("a", "b", "c", "d", "e")), LIMITS)
+    assert verdict.reasons[:3] == ("a", "b", "c")
+    assert "2 more" in verdict.reasons[3]
+
+
+def test_judge_when_given_bad_and_equal_models_errs_on_none() -> None:
+    generator = np.random.default_rng(0)
+    base = generator.normal(4.0, 0.5, size=128)
+    sizes = {"size_bytes": 400, "base_size_bytes": 1000}
+    for _ in range(20):
+        worse = base + np.log1p(3 * LIMITS.max_perplexity_increase) + generator.normal(0, 0.05, 128)
+        bad = Measurement.from_losses(base, worse, LIMITS, **sizes)
+        equal = Measurement.from_losses(base, base.copy(), LIMITS, **sizes)
+        assert not judge(bad, LIMITS).passed
+        assert judge(equal, LIMITS).passed
+        assert equal.perplexity_increase.upper == 0.0
+
+
+def test_judge_when_it_decides_keeps_all_limits_and_seeds() -> None:
+    assert judge(GOOD, LIMITS).limits == LIMITS
 
 
 def test_judge_when_several_limits_are_broken_gives_every_reason() -> None:

@@ -46,7 +46,15 @@ def reshape(config: DecoderConfig, options: Options) -> DecoderConfig:
             f"num_blocks={options.num_blocks} from block {options.first or 0} on cannot be left "
             f"out of {config.num_layers}. Lower it; one block has to stay."
         )
-    return config.replace(num_layers=config.num_layers - options.num_blocks)
+    sizes = list(config.mlp_sizes)
+    if options.first is None and config.intermediate_sizes is not None:
+        raise RecipeError(
+            f"which blocks are left out decides the shape, and the widths of their MLPs differ "
+            f"({sizes}). Give `first`, or leave out blocks before `width`."
+        )
+    first = options.first or 0
+    del sizes[first : first + options.num_blocks]
+    return config.with_mlp_sizes(sizes)
 
 
 def cut(model: Decoder, text_NT: Tensor, options: Options) -> None:

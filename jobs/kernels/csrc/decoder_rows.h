@@ -96,7 +96,7 @@ class RowRunner {
         const int64_t end = all.first + all.count;
         for (int64_t first = all.first; first < end; first += kMlpRows) {
             const Rows rows{first, std::min(kMlpRows, end - first)};
-            const int64_t width = decoder_.intermediate_size;
+            const int64_t width = weights.down.parts[0].inputs;
             normalize(weights.post_norm, weights.gate_up, rows);
             int64_t stride = width;
             if (weights.gate_up.count == 1 && width % kBlockOutputs == 0) {

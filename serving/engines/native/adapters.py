@@ -199,20 +199,22 @@ def _scale(document: Mapping[str, Any], layer: str, rank: int) -> float:
 
 def _layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     """Return outputs and inputs of every linear layer within the blocks."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
     query_size = config.num_heads * config.resolved_head_dim
     key_size = config.num_kv_heads * config.resolved_head_dim
-    shapes = {
+    attention = {
         "self_attn.q_proj": (query_size, hidden),
         "self_attn.k_proj": (key_size, hidden),
         "self_attn.v_proj": (key_size, hidden),
         "self_attn.o_proj": (hidden, query_size),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
     }
-    return {
-        f"model.layers.{block}.{name}": shape
-        for block in range(config.num_layers)
-        for name, shape in shapes.items()
-    }
+    shapes: dict[str, tuple[int, int]] = {}
+    for block, inner in enumerate(config.mlp_sizes):
+        mlp = {
+            "gate_proj": (inner, hidden),
+            "up_proj": (inner, hidden),
+            "down_proj": (hidden, inner),
+        }
+        shapes |= {f"model.layers.{block}.{name}": shape for name, shape in attention.items()}
+        shapes |= {f"model.layers.{block}.mlp.{name}": shape for name, shape in mlp.items()}
+    return shapes

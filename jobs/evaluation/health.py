@@ -1,0 +1,126 @@
+"""What is broken about a model, whatever its perplexity says: values that are no numbers, zeros.
+
+Takes a model directory, or a model and text; gives a sentence for each fault, with the layer's
+name. It does not judge.
+
+K sequences, T tokens, V vocabulary
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from jobs.compression import quantization_config
+from jobs.kernels.formats import PACKED_BITS, Layout, unpack_values
+from jobs.models import _hf, _weights
+from jobs.models.decoder import Decoder
+
+_VALUES_AT_ONCE = 2**24
+_ROUNDING = 1e-4  # of the largest logit; sums in another order differ by less
+_PACKED = ".weight_packed"
+
+
+def weight_faults(directory: Path) -> list[str]:
+    """Return what is wrong with the tensors of a model directory, dense or compressed.
+
+    Weights, scales and biases must be finite, and neither a weight nor a scale all zero.
+    """
+    tensors = dict(_weights.read_tensors(directory))
+    layouts = _layouts(_hf.read_config(directory), tensors)
+    found = []
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if name.endswith(_PACKED):
+            layer = name.removesuffix(_PACKED)
+            columns = int(tensors[f"{layer}.weight_shape"][1])
+            tensor = unpack_values(tensor, columns, PACKED_BITS[layouts[layer].scheme])
+        if not _is_finite(tensor):
+            found.append(f"`{name}` holds values that are not finite numbers")
+        elif name.endswith((".weight", _PACKED, ".weight_scale")) and not _has_nonzero(tensor):
+            found.append(f"`{name}` is all zeros")
+    return found
+
+
+def output_faults(model: Decoder, sequences_KT: NDArray[np.int64]) -> list[str]:
+    """Return what is wrong with what a model makes of text: the first layers and the logits.
+
+    A layer whose outputs are not finite spoils all that follow, so only the first is named.
+    """
+    faults = _Faults()
+    rows_KT = torch.from_numpy(np.ascontiguousarray(sequences_KT))
+    device = model.model.embed_tokens.weight.device
+    with ExitStack() as hooks, torch.inference_mode():
+        for name, module in _layers(model):
+            hooks.callback(module.register_forward_hook(faults.hook(name)).remove)
+        logits_KTV = model(rows_KT.to(device, torch.long))
+    found = faults.sentences()
+    if not torch.isfinite(logits_KTV).all():
+        return found or ["the logits are not finite numbers, though every layer's outputs are"]
+    noise = _ROUNDING * float(logits_KTV.abs().max())
+    if float((logits_KTV - logits_KTV[..., :1]).abs().max()) <= noise:
+        found.append("the logits are equal for all tokens: the model says nothing")
+    elif float((logits_KTV - logits_KTV[:1, :1]).abs().max()) <= noise:
+        found.append("the logits do not depend on the text")
+    return found
+
+
+class _Faults:
+    """What layers gave on the way through a model."""
+
+    def __init__(self) -> None:
+        self._not_finite: list[str] = []
+        self._zeros: list[str] = []
+
+    def hook(self, name: str) -> Any:
+        def look(_: nn.Module, __: Any, output: Tensor) -> None:
+            if not _is_finite(output):
+                self._not_finite.append(name)
+            elif not _has_nonzero(output):
+                self._zeros.append(name)
+
+        return look
+
+    def sentences(self) -> list[str]:
+        not_finite = [f"`{name}` gives values that are not finite" for name in self._not_finite[:1]]
+        return not_finite + [f"`{name}` gives nothing but zeros on text" for name in self._zeros]
+
+
+def _layers(model: Decoder) -> Iterator[tuple[str, nn.Module]]:
+    """Give the modules that hold weights: every leaf but the rotary positions."""
+    for name, module in model.named_modules():
+        if name and name != "rotary" and not any(module.children()):
+            yield name, module
+
+
+def _layouts(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
+    config = document.get(quantization_config.KEY)
+    if config is None:
+        return {}
+    shapes = {}
+    for name in tensors:
+        if name.endswith(_PACKED):
+            layer = name.removesuffix(_PACKED)
+            rows, columns = tensors[f"{layer}.weight_shape"].tolist()
+            shapes[layer] = (rows, columns)
+    return quantization_config.read_layouts(config, shapes)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(torch.isfinite(part).all()) for part in _parts(tensor))
+
+
+def _has_nonzero(tensor: Tensor) -> bool:
+    return any(bool(part.any()) for part in _parts(tensor))
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Give a tensor's values in pieces, those of 8-bit floats as float32."""
+    for part in tensor.reshape(-1).split(_VALUES_AT_ONCE):
+        is_small_float = part.is_floating_point() and part.element_size() == 1
+        yield part.float() if is_small_float else part
