@@ -3,7 +3,7 @@
 Takes a model directory, or a model and text; gives a sentence for each fault, with the layer's
 name. It does not judge.
 
-K sequences, T tokens, V vocabulary
+K sequences, T tokens, N = K * T, C hidden width, V vocabulary
 """
 
 from collections.abc import Iterator, Mapping
@@ -50,7 +50,8 @@ def weight_faults(directory: Path) -> list[str]:
 def output_faults(model: Decoder, sequences_KT: NDArray[np.int64]) -> list[str]:
     """Return what is wrong with what a model makes of text: the first layers and the logits.
 
-    A layer whose outputs are not finite spoils all that follow, so only the first is named.
+    A layer whose outputs are not finite spoils all that follow, so only the first is named. Logits
+    are looked at in places all over the text, as many as fit into 64 MiB.
     """
     faults = _Faults()
     rows_KT = torch.from_numpy(np.ascontiguousarray(sequences_KT))
@@ -58,14 +59,16 @@ def output_faults(model: Decoder, sequences_KT: NDArray[np.int64]) -> list[str]:
     with ExitStack() as hooks, torch.inference_mode():
         for name, module in _layers(model):
             hooks.callback(module.register_forward_hook(faults.hook(name)).remove)
-        logits_KTV = model(rows_KT.to(device, torch.long))
+        hidden_NC = model.hidden(rows_KT.to(device, torch.long)).flatten(0, 1)
+        step = -(-len(hidden_NC) * model.config.vocab_size // _VALUES_AT_ONCE)
+        logits_NV = model.head(hidden_NC[::step])
     found = faults.sentences()
-    if not torch.isfinite(logits_KTV).all():
+    if not torch.isfinite(logits_NV).all():
         return found or ["the logits are not finite numbers, though every layer's outputs are"]
-    noise = _ROUNDING * float(logits_KTV.abs().max())
-    if float((logits_KTV - logits_KTV[..., :1]).abs().max()) <= noise:
+    noise = _ROUNDING * float(logits_NV.abs().max())
+    if float((logits_NV - logits_NV[:, :1]).abs().max()) <= noise:
         found.append("the logits are equal for all tokens: the model says nothing")
-    elif float((logits_KTV - logits_KTV[:1, :1]).abs().max()) <= noise:
+    elif float((logits_NV - logits_NV[:1]).abs().max()) <= noise:
         found.append("the logits do not depend on the text")
     return found
 
