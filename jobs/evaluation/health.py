@@ -6,7 +6,7 @@ name. It does not judge.
 K sequences, T tokens, N = K * T, C hidden width, V vocabulary
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from jobs.compression import quantization_config
-from jobs.kernels.formats import PACKED_BITS, Layout, unpack_values
+from jobs.kernels.formats import PACKED_BITS, unpack_values
 from jobs.models import _hf, _weights
 from jobs.models.decoder import Decoder
 
 _VALUES_AT_ONCE = 2**24
 _ROUNDING = 1e-4  # of the largest logit; sums in another order differ by less
-_PACKED = ".weight_packed"
+_PACKED, _SHAPE = ".weight_packed", ".weight_shape"
 
 
 def weight_faults(directory: Path) -> list[str]:
@@ -31,20 +31,24 @@ def weight_faults(directory: Path) -> list[str]:
 
     Weights, scales and biases must be finite, and neither a weight nor a scale all zero.
     """
-    tensors = dict(_weights.read_tensors(directory))
-    layouts = _layouts(_hf.read_config(directory), tensors)
+    shapes = {  # Read first and alone: weights are held one at a time.
+        name.removesuffix(_SHAPE): (int(tensor[0]), int(tensor[1]))
+        for name, tensor in _weights.read_tensors(directory)
+        if name.endswith(_SHAPE)
+    }
+    config = _hf.read_config(directory).get(quantization_config.KEY)
+    layouts = {} if config is None else quantization_config.read_layouts(config, shapes)
     found = []
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in _weights.read_tensors(directory):
         if name.endswith(_PACKED):
             layer = name.removesuffix(_PACKED)
-            columns = int(tensors[f"{layer}.weight_shape"][1])
-            tensor = unpack_values(tensor, columns, PACKED_BITS[layouts[layer].scheme])
+            bits = PACKED_BITS[layouts[layer].scheme]
+            tensor = unpack_values(tensor, shapes[layer][1], bits)
         if not _is_finite(tensor):
             found.append(f"`{name}` holds values that are not finite numbers")
         elif name.endswith((".weight", _PACKED, ".weight_scale")) and not _has_nonzero(tensor):
             found.append(f"`{name}` is all zeros")
-    return found
+    return sorted(found)
 
 
 def output_faults(model: Decoder, sequences_KT: NDArray[np.int64]) -> list[str]:
@@ -99,19 +103,6 @@ def _layers(model: Decoder) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if name and name != "rotary" and not any(module.children()):
             yield name, module
-
-
-def _layouts(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
-    config = document.get(quantization_config.KEY)
-    if config is None:
-        return {}
-    shapes = {}
-    for name in tensors:
-        if name.endswith(_PACKED):
-            layer = name.removesuffix(_PACKED)
-            rows, columns = tensors[f"{layer}.weight_shape"].tolist()
-            shapes[layer] = (rows, columns)
-    return quantization_config.read_layouts(config, shapes)
 
 
 def _is_finite(tensor: Tensor) -> bool:
