@@ -3,10 +3,10 @@
 Takes a model directory, or a model and text; gives a sentence for each fault, with the layer's
 name. It does not judge.
 
-K sequences, T tokens, V vocabulary
+K sequences, T tokens, N = K * T, C hidden width, V vocabulary
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from jobs.compression import quantization_config
-from jobs.kernels.formats import PACKED_BITS, Layout, unpack_values
+from jobs.kernels.formats import PACKED_BITS, unpack_values
 from jobs.models import _hf, _weights
 from jobs.models.decoder import Decoder
 
 _VALUES_AT_ONCE = 2**24
 _ROUNDING = 1e-4  # of the largest logit; sums in another order differ by less
-_PACKED = ".weight_packed"
+_PACKED, _SHAPE = ".weight_packed", ".weight_shape"
 
 
 def weight_faults(directory: Path) -> list[str]:
@@ -31,26 +31,31 @@ def weight_faults(directory: Path) -> list[str]:
 
     Weights, scales and biases must be finite, and neither a weight nor a scale all zero.
     """
-    tensors = dict(_weights.read_tensors(directory))
-    layouts = _layouts(_hf.read_config(directory), tensors)
+    shapes = {  # Read first and alone: weights are held one at a time.
+        name.removesuffix(_SHAPE): (int(tensor[0]), int(tensor[1]))
+        for name, tensor in _weights.read_tensors(directory)
+        if name.endswith(_SHAPE)
+    }
+    config = _hf.read_config(directory).get(quantization_config.KEY)
+    layouts = {} if config is None else quantization_config.read_layouts(config, shapes)
     found = []
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in _weights.read_tensors(directory):
         if name.endswith(_PACKED):
             layer = name.removesuffix(_PACKED)
-            columns = int(tensors[f"{layer}.weight_shape"][1])
-            tensor = unpack_values(tensor, columns, PACKED_BITS[layouts[layer].scheme])
+            bits = PACKED_BITS[layouts[layer].scheme]
+            tensor = unpack_values(tensor, shapes[layer][1], bits)
         if not _is_finite(tensor):
             found.append(f"`{name}` holds values that are not finite numbers")
         elif name.endswith((".weight", _PACKED, ".weight_scale")) and not _has_nonzero(tensor):
             found.append(f"`{name}` is all zeros")
-    return found
+    return sorted(found)
 
 
 def output_faults(model: Decoder, sequences_KT: NDArray[np.int64]) -> list[str]:
     """Return what is wrong with what a model makes of text: the first layers and the logits.
 
-    A layer whose outputs are not finite spoils all that follow, so only the first is named.
+    A layer whose outputs are not finite spoils all that follow, so only the first is named. Logits
+    are looked at in places all over the text, as many as fit into 64 MiB.
     """
     faults = _Faults()
     rows_KT = torch.from_numpy(np.ascontiguousarray(sequences_KT))
@@ -58,14 +63,16 @@ def output_faults(model: Decoder, sequences_KT: NDArray[np.int64]) -> list[str]:
     with ExitStack() as hooks, torch.inference_mode():
         for name, module in _layers(model):
             hooks.callback(module.register_forward_hook(faults.hook(name)).remove)
-        logits_KTV = model(rows_KT.to(device, torch.long))
+        hidden_NC = model.hidden(rows_KT.to(device, torch.long)).flatten(0, 1)
+        step = -(-len(hidden_NC) * model.config.vocab_size // _VALUES_AT_ONCE)
+        logits_NV = model.head(hidden_NC[::step])
     found = faults.sentences()
-    if not torch.isfinite(logits_KTV).all():
+    if not torch.isfinite(logits_NV).all():
         return found or ["the logits are not finite numbers, though every layer's outputs are"]
-    noise = _ROUNDING * float(logits_KTV.abs().max())
-    if float((logits_KTV - logits_KTV[..., :1]).abs().max()) <= noise:
+    noise = _ROUNDING * float(logits_NV.abs().max())
+    if float((logits_NV - logits_NV[:, :1]).abs().max()) <= noise:
         found.append("the logits are equal for all tokens: the model says nothing")
-    elif float((logits_KTV - logits_KTV[:1, :1]).abs().max()) <= noise:
+    elif float((logits_NV - logits_NV[:1]).abs().max()) <= noise:
         found.append("the logits do not depend on the text")
     return found
 
@@ -96,19 +103,6 @@ def _layers(model: Decoder) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if name and name != "rotary" and not any(module.children()):
             yield name, module
-
-
-def _layouts(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
-    config = document.get(quantization_config.KEY)
-    if config is None:
-        return {}
-    shapes = {}
-    for name in tensors:
-        if name.endswith(_PACKED):
-            layer = name.removesuffix(_PACKED)
-            rows, columns = tensors[f"{layer}.weight_shape"].tolist()
-            shapes[layer] = (rows, columns)
-    return quantization_config.read_layouts(config, shapes)
 
 
 def _is_finite(tensor: Tensor) -> bool:
