@@ -148,11 +148,14 @@ def _request_ms(models: Sequence[decoder_family.Decoder], workload: Workload) ->
 def _products_ms(shape: DecoderConfig, layout: Layout, workload: Workload) -> dict[str, float]:
     """Return what each product of one block takes of a request, measured by itself."""
     head, hidden = shape.resolved_head_dim, shape.hidden_size
+    widths = shape.mlp_sizes
+    # Of blocks of different width the mean, in whole groups.
+    width = widths[0] if len(set(widths)) == 1 else -(-sum(widths) // (128 * len(widths))) * 128
     sizes = {
         "qkv": ((shape.num_heads + 2 * shape.num_kv_heads) * head, hidden),
         "o": (hidden, shape.num_heads * head),
-        "gate_up": (2 * shape.intermediate_size, hidden),
-        "down": (hidden, shape.intermediate_size),
+        "gate_up": (2 * width, hidden),
+        "down": (hidden, width),
     }
     return {
         name: _product_ms(layout, out_features, in_features, workload)

@@ -16,6 +16,7 @@ from jobs.compression.gguf_export import export_gguf
 from jobs.compression.methods.width import propose_sizes
 from jobs.compression.packing import load_model, save_compressed
 from jobs.compression.recipe import apply_recipe, final_shape, predicted_bytes
+from jobs.compression.text import CalibrationText
 from jobs.config import DecoderConfig, Recipe, Step
 from jobs.data.tokens import open_split
 from jobs.evaluation.agreement import continue_greedily
@@ -93,7 +94,7 @@ def test_predicted_bytes_when_widths_are_given_equal_those_written(
 ) -> None:
     config = decoder_config(num_layers=3)
     recipe = Recipe(steps=(NARROWED, *steps))
-    compressed = apply_recipe(build(config, seed=0), recipe, TOKENS)
+    compressed = apply_recipe(build(config, seed=0), recipe, CalibrationText.of(TOKENS))
     assert compressed.model.config == final_shape(config, recipe)
     save_compressed(compressed, tmp_path)
     loaded = load_model(tmp_path, verify=False)
@@ -111,7 +112,7 @@ def test_width_when_channels_stay_keeps_those_that_matter() -> None:
             block.mlp.down_proj.weight[:, width:] = 0  # what the others give is not read
         before = model(TOKENS)
     step = Step(method="width", options={"intermediate_sizes": [64, 32]})
-    narrow = apply_recipe(model, Recipe(steps=(step,)), TOKENS).model
+    narrow = apply_recipe(model, Recipe(steps=(step,)), CalibrationText.of(TOKENS)).model
     torch.testing.assert_close(narrow(TOKENS), before, atol=1e-5, rtol=1e-5)
 
 
@@ -137,7 +138,7 @@ def test_recipe_when_widths_cannot_be_names_the_value(
 
 def test_depth_when_widths_differ_leaves_out_the_widths_of_its_blocks() -> None:
     recipe = Recipe(steps=(Step(method="depth", options={"num_blocks": 1, "first": 1}),))
-    model = apply_recipe(build(CONFIG, seed=0), recipe, TOKENS).model
+    model = apply_recipe(build(CONFIG, seed=0), recipe, CalibrationText.of(TOKENS)).model
     assert model.config.mlp_sizes == (64, 32)
     assert model(TOKENS).isfinite().all()
 
