@@ -91,6 +91,9 @@ def test_guide_to_compression_when_followed_makes_every_model(trained: Path):
         assert name == "raysmith"
         if words[0] == "compress" and "calibration" in Path(words[2]).read_text():
             words.extend(QUICK)
+        if words[0] == "compress" and "distill" in Path(words[2]).read_text():
+            text = Path(words[2]).read_text()
+            Path(words[2]).write_text(re.sub(r"num_tokens: \d+", "num_tokens: 4096", text))
         if words[0] == "evaluate":
             words.extend(["--set", "gate.eval_sequences=16"])
         assert raysmith.main(words) == 0, words
@@ -99,6 +102,17 @@ def test_guide_to_compression_when_followed_makes_every_model(trained: Path):
         yaml.safe_load(block)["output"].removeprefix("runs/") for block in blocks(page, "yaml")
     }
     assert named | {"tiny-w8a8.gguf", "tiny-gptq.gguf"} <= made
+
+
+def test_guide_to_searches_when_followed_plans_the_search(trained: Path, capsys):
+    page = GUIDES / "search.md"
+    (block,) = blocks(page, "yaml")
+    (trained / "search.yaml").write_text(block)
+    (words,) = commands(page)
+    assert raysmith.main(words[1:]) == 0
+    printed = capsys.readouterr().out
+    assert "24 groups of layers" in " ".join(printed.replace("│", " ").split())
+    assert "w3a16 all" in printed
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("compress-*.yaml")))
