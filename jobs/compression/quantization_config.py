@@ -27,6 +27,11 @@ _PRESETS = {
     "W4A8": Layout("w4a8", 128),
 }
 _CLASS = "Linear"
+# What changes how weights are stored or what layers compute, beside their formats.
+_REFUSED = {
+    "transform_config": "rotations of weights and activations",
+    "sparsity_config": "weights stored by a mask of zeros",
+}
 _FLOAT_INPUTS: dict[int, Scheme] = {4: "w4a16", 3: "w3a16"}  # by bits of a weight
 _8_BIT_PER_TOKEN = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
 
@@ -75,6 +80,11 @@ def read_layouts(
             f"{KEY}: quantization_status `{document['quantization_status']}` is not supported: the "
             "weights are not stored compressed. Save the model compressed."
         )
+    for option, what in _REFUSED.items():
+        if document.get(option):
+            raise ModelFormatError(
+                f"{KEY}: {what} ({option}) are not supported. Compress the dense model without them."
+            )
     found: dict[str, Layout] = {}
     ignored = document.get("ignore") or []
     for name, shape in shapes.items():

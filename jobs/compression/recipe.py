@@ -26,6 +26,7 @@ from jobs.compression.methods._protocol import (
     ShapingMethod,
     WeightMethod,
 )
+from jobs.compression.methods._rounding import RoundingOptions
 from jobs.compression.shared_inputs import (
     HEAD,
     SharedInput,
@@ -192,6 +193,7 @@ class _Work:
     model: Decoder | Encoder
     final: dict[str, Action]
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    effects: dict[str, Tensor] = field(default_factory=dict)
 
     def run(
         self, actions: Sequence[Action], part: Sequence[str], text: CalibrationPass | None
@@ -202,9 +204,12 @@ class _Work:
         groups = {layer: group_of(layer) for layer in seeing}
         firsts = {layer: group.layers[0] if group else layer for layer, group in groups.items()}
         inputs: dict[str, LayerInputs] = {}
+        self.effects = {}
         if firsts:
             assert text is not None, "refused before"
             inputs = text.observe(list(dict.fromkeys(firsts.values())))
+            asking = [layer for action, layers in here if _asks(action) for layer in layers]
+            self.effects = text.effects(list(dict.fromkeys(asking))) if asking else {}
         for action, layers in here:
             if isinstance(action.method, ScalingMethod):
                 for group in dict.fromkeys(groups[layer] for layer in layers):
@@ -221,18 +226,23 @@ class _Work:
         """Scale the input of a group; return its moments afterwards."""
         assert isinstance(action.method, ScalingMethod), action
         assert isinstance(self.model, Decoder), "refused before"
-        chosen = {name: self.final[name].layout for name in group.layers if name in layers}
-        rounded = [
-            Quantizable(weight_of(self.model, name).detach().float(), layout)
-            for name, layout in chosen.items()
-            if layout is not None and layout.scheme != "bf16"
-        ]
+        rounded = [self._rounded(name, self.final[name]) for name in group.layers if name in layers]
+        rounded = [layer for layer in rounded if layer.layout.scheme != "bf16"]
         if not rounded:
             return inputs
         feasible = partial(feasible_scale, self.model, group)
         scale_I = action.method.scale(rounded, inputs, feasible, action.options)
         divide_input(self.model, group, scale_I)
         return inputs.divided_by(scale_I)
+
+    def _rounded(self, layer: str, action: Action) -> Quantizable:
+        """Return a layer as the action that decides its format will round it."""
+        assert action.layout is not None, "checked when resolved"
+        assert isinstance(action.options, RoundingOptions), f"{action.name} does not round"
+        weight_OI = weight_of(self.model, layer).detach().float()
+        return Quantizable(
+            weight_OI, action.layout, action.options.observer, self.effects.get(layer)
+        )
 
     def _change(self, action: Action, layer: str, inputs: LayerInputs | None) -> None:
         if action.layout is not None and self.final[layer] is not action:
@@ -243,6 +253,10 @@ class _Work:
             weight.copy_(result.weight_OI)
         if result.quantized is not None:
             self.quantized[layer] = result.quantized
+
+
+def _asks(action: Action) -> bool:
+    return isinstance(action.method, ScalingMethod) and action.method.needs_effects
 
 
 def _result(
