@@ -24,6 +24,7 @@ from cluster.errors import ConfigError
 from jobs.compression.packing import copy_companions, load_model, save_compressed
 from jobs.compression.recipe import apply_recipe
 from jobs.config import Recipe, Step
+from jobs.kernels.formats import DEFAULT_GROUP_SIZE, Scheme
 from jobs.models import decoder
 from serving.engines._protocol import GenerateRequest
 from serving.engines.native import EngineConfig, NativeEngine, start
@@ -33,11 +34,7 @@ Logits = NDArray[np.float32]
 _HAS_TRANSFORMERS = "llmcompressor"  # Its environment holds compressed-tensors, too.
 _NUM_PROMPT, _NUM_ANSWER = 32, 16
 _BF16_LIMIT = 0.01
-_FORMATS: Mapping[str, tuple[Step, ...]] = {
-    "bf16": (),
-    "w8a8": (Step(method="rtn", options={"scheme": "w8a8"}),),
-    "w4a16": (Step(method="rtn", options={"scheme": "w4a16"}),),
-}
+_FORMATS: tuple[Scheme, ...] = ("bf16", "w8a8", "w4a16")
 
 
 @dataclass(frozen=True)
@@ -93,14 +90,18 @@ def measure_interop(
     return report
 
 
-def write_formats(model: Path, folder: Path) -> dict[str, Path]:
+def write_formats(
+    model: Path, folder: Path, group_size: int = DEFAULT_GROUP_SIZE
+) -> dict[str, Path]:
     """Write a model in every format, rounded to nearest; return the directories."""
-    found = {}
-    for name, steps in _FORMATS.items():
-        found[name] = folder / name
-        found[name].mkdir()
-        save_compressed(apply_recipe(decoder.load(model), Recipe(steps=steps)), found[name])
-        copy_companions(model, found[name])
+    found: dict[str, Path] = {}
+    for scheme in _FORMATS:
+        found[scheme] = folder / scheme
+        found[scheme].mkdir()
+        step = Step(method="rtn", options={"scheme": scheme, "group_size": group_size})
+        compressed = apply_recipe(decoder.load(model), Recipe(steps=(step,)))
+        save_compressed(compressed, found[scheme])
+        copy_companions(model, found[scheme])
     return found
 
 

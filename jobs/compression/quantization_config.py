@@ -27,11 +27,6 @@ _PRESETS = {
     "W4A8": Layout("w4a8", 128),
 }
 _CLASS = "Linear"
-# What changes how weights are stored or what layers compute, beside their formats.
-_REFUSED = {
-    "transform_config": "rotations of weights and activations",
-    "sparsity_config": "weights stored by a mask of zeros",
-}
 _FLOAT_INPUTS: dict[int, Scheme] = {4: "w4a16", 3: "w3a16"}  # by bits of a weight
 _8_BIT_PER_TOKEN = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
 
@@ -80,16 +75,22 @@ def read_layouts(
             f"{KEY}: quantization_status `{document['quantization_status']}` is not supported: the "
             "weights are not stored compressed. Save the model compressed."
         )
-    for option, what in _REFUSED.items():
-        if document.get(option):
-            raise ModelFormatError(
-                f"{KEY}: {what} ({option}) are not supported. Compress the dense model without them."
-            )
+    if document.get("transform_config"):
+        raise ModelFormatError(
+            f"{KEY}: rotations of weights and activations (transform_config) are not supported. "
+            "Compress the dense model without them."
+        )
+    sparsity = (document.get("sparsity_config") or {}).get("format", "dense")
+    if sparsity != "dense":
+        raise ModelFormatError(
+            f"{KEY}: weights stored without their zeros (sparsity_config format `{sparsity}`) are "
+            "not supported, only `dense`. Save the model with zeros in place."
+        )
     found: dict[str, Layout] = {}
     ignored = document.get("ignore") or []
     for name, shape in shapes.items():
         if not _matches(name, ignored):
-            group = _group_of(name, document["config_groups"])
+            group = _group_of(name, document.get("config_groups") or {})
             if group is not None:
                 found[name] = _layout(*group, shape[1])
     return found
