@@ -24,10 +24,12 @@ from cluster.errors import ConfigError
 from jobs.compression.packing import copy_companions, load_model, save_compressed
 from jobs.compression.recipe import apply_recipe
 from jobs.config import Recipe, Step
+from jobs.kernels.build import cpu_flags
 from jobs.kernels.formats import DEFAULT_GROUP_SIZE, Scheme
 from jobs.models import decoder
 from serving.engines._protocol import GenerateRequest
 from serving.engines.native import EngineConfig, NativeEngine, start
+from serving.engines.vllm.cpu import why_not
 
 Logits = NDArray[np.float32]
 
@@ -183,12 +185,14 @@ async def _answer(engine: NativeEngine, prompt: list[int]) -> list[int]:
 def _in_vllm(
     scheme: str, directory: Path, tokens_NT: NDArray[np.int64], dense_NTV: Logits, folder: Path
 ) -> dict[str, Any]:
+    # What our vLLM engine says of this CPU, beside what vLLM does here.
+    expected = {"not_supported_on_this_cpu": why_not({scheme}, cpu_flags())}
     try:
         theirs_NTV = vllm_logits(directory, tokens_NT, folder)
     except ConfigError as error:
-        return {"refused": reason_of(error.message)}
+        return {**expected, "refused": reason_of(error.message)}
     ours_NTV = our_logits(directory, tokens_NT)[:, :-1]
-    return _describe(compare(ours_NTV, theirs_NTV, dense_NTV[:, :-1]), scheme)
+    return {**expected, **_describe(compare(ours_NTV, theirs_NTV, dense_NTV[:, :-1]), scheme)}
 
 
 def _describe(difference: Difference, scheme: str) -> dict[str, Any]:
