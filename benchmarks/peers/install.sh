@@ -1,6 +1,6 @@
 #!/bin/sh
-# Build the engines that benchmarks.serving compares with, each in an environment of its own under
-# .bench/. torch is pinned first, so that no engine chooses another; which build comes is pip's
+# Build the projects that benchmarks.serving and benchmarks.compression compare with, each in an
+# environment of its own under .bench/. torch is pinned first, so that no engine chooses another; which build comes is pip's
 # configuration (see README.md). vLLM's environment is the one of `make test-vllm`.
 set -eu
 PYTHON=${PYTHON:-python3}
@@ -25,3 +25,7 @@ touch .bench/openvino/.ready
 
 environment transformers torch==2.13.0 transformers==5.19.0
 touch .bench/transformers/.ready
+
+# Compresses; transformers and compressed-tensors come with it, and read what both projects write.
+environment llmcompressor torch==2.13.0 llmcompressor==0.14.0.1
+touch .bench/llmcompressor/.ready

@@ -116,8 +116,8 @@ def interpreter(environment: str) -> Path:
     return path
 
 
-def run_in(environment: str, command: list[str]) -> None:
-    """Run a command of a peer's environment; its output is shown only if it fails."""
+def run_in(environment: str, command: list[str]) -> str:
+    """Run a command of a peer's environment; return its output, or raise ConfigError with it."""
     folder = interpreter(environment).parent
     done = subprocess.run(
         [str(folder / command[0]), *command[1:]],
@@ -131,3 +131,4 @@ def run_in(environment: str, command: list[str]) -> None:
         raise ConfigError(
             f"{json.dumps(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
         )
+    return done.stdout

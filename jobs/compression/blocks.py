@@ -18,6 +18,7 @@ from jobs.compression.inputs import LayerInputs
 from jobs.compression.layer_work import InProcess, LayerStep, LayerTask, LayerWorkers
 from jobs.compression.layers import weight_of
 from jobs.compression.methods._protocol import Quantizable, ScalingMethod
+from jobs.compression.methods._rounding import RoundingOptions
 from jobs.compression.shared_inputs import (
     HEAD,
     SharedInput,
@@ -79,6 +80,8 @@ class BlockWork:
     workers: LayerWorkers = field(default_factory=InProcess)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     pruned: set[nn.Module] = field(default_factory=set)
+    effects: dict[str, Tensor] = field(default_factory=dict)
+    """Of the layers at hand whose inputs are scaled: see `CalibrationPass.effects`."""
 
     def pruned_names(self) -> frozenset[str]:
         """Return the names that the pruned layers have now."""
@@ -93,9 +96,12 @@ class BlockWork:
         groups = {layer: group_of(layer) for layer in seeing}
         firsts = {layer: group.layers[0] if group else layer for layer, group in groups.items()}
         inputs: dict[str, LayerInputs] = {}
+        self.effects = {}
         if firsts:
             assert text is not None, "refused before"
             inputs = text.observe(list(dict.fromkeys(firsts.values())))
+            asking = [layer for action, layers in here if _asks(action) for layer in layers]
+            self.effects = text.effects(list(dict.fromkeys(asking))) if asking else {}
         for is_scaling, some in groupby(here, lambda pair: pair[0].is_scaling):
             if not is_scaling:
                 self._change(list(some), part, firsts, inputs)
@@ -112,18 +118,23 @@ class BlockWork:
         """Scale the input of a group; return its moments afterwards."""
         assert isinstance(action.method, ScalingMethod), action
         assert isinstance(self.model, Decoder), "refused before"
-        chosen = {name: self.final[name].layout for name in group.layers if name in layers}
-        rounded = [
-            Quantizable(weight_of(self.model, name).detach().float(), layout)
-            for name, layout in chosen.items()
-            if layout is not None and layout.scheme != "bf16"
-        ]
+        rounded = [self._rounded(name, self.final[name]) for name in group.layers if name in layers]
+        rounded = [layer for layer in rounded if layer.layout.scheme != "bf16"]
         if not rounded:
             return inputs
         feasible = partial(feasible_scale, self.model, group)
         scale_I = action.method.scale(rounded, inputs, feasible, action.options)
         divide_input(self.model, group, scale_I)
         return inputs.divided_by(scale_I)
+
+    def _rounded(self, layer: str, action: Action) -> Quantizable:
+        """Return a layer as the action that decides its format will round it."""
+        assert action.layout is not None, "checked when resolved"
+        assert isinstance(action.options, RoundingOptions), f"{action.name} does not round"
+        weight_OI = weight_of(self.model, layer).detach().float()
+        return Quantizable(
+            weight_OI, action.layout, action.options.observer, self.effects.get(layer)
+        )
 
     def _change(
         self,
@@ -149,3 +160,7 @@ class BlockWork:
                 weight_of(self.model, task.layer).copy_(result.weight_OI)
             if result.quantized is not None:
                 self.quantized[task.layer] = result.quantized
+
+
+def _asks(action: Action) -> bool:
+    return isinstance(action.method, ScalingMethod) and action.method.needs_effects

@@ -11,6 +11,7 @@ N sequences, T tokens, B sequences at a time, C hidden width
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,6 +25,7 @@ from jobs.models.decoder import Decoder
 
 _TOKENS_AT_ONCE = 4096
 _MEMORY_BYTES = 2 * GIB
+_TOKENS_FOR_EFFECTS = 8192
 
 
 class CalibrationPass:
@@ -76,6 +78,23 @@ class CalibrationPass:
         self._block += moves_on
         return {layer: found.moments() for layer, found in sums.items()}
 
+    def effects(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Return how much each output of some layers changes what the block gives: effect_O.
+
+        It is the mean over tokens of the squared derivative of the block's outputs, summed over
+        them, from random signs (Hutchinson 1990) on the first tokens of the text.
+        """
+        signs = torch.Generator(self._device).manual_seed(0)
+        found = {layer: torch.zeros(()) for layer in layers}
+        num_tokens = 0
+        for states_BTC in self._states_NTC.split(self._batch):
+            if num_tokens >= _TOKENS_FOR_EFFECTS:
+                break
+            num_tokens += states_BTC.shape[0] * states_BTC.shape[1]
+            for layer, slope_BTO in self._slopes(layers, states_BTC, signs).items():
+                found[layer] = found[layer] + slope_BTO.square().flatten(0, 1).sum(dim=0)
+        return {layer: sum_O / num_tokens for layer, sum_O in found.items()}
+
     def advance(self) -> None:
         """Move on through the block, as it is now."""
         for states_BTC, after_BTC in self._through():
@@ -93,6 +112,24 @@ class CalibrationPass:
                 else:
                     self._model.head(self._model.model.norm(h_BTC))
                     yield states_BTC, states_BTC
+
+    def _slopes(
+        self, layers: Sequence[str], states_BTC: Tensor, signs: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Return derivatives of the block's outputs, summed with random signs, by layer."""
+        block = self._model.model.layers[self._block]
+        outputs: dict[str, Tensor] = {}
+        with ExitStack() as hooks, torch.enable_grad():
+            for layer in layers:
+                keep = partial(_keep, outputs, layer)
+                hooks.callback(self._model.get_submodule(layer).register_forward_hook(keep).remove)
+            # Copies, since what was made for inference does not take part in derivatives.
+            h_BTC = states_BTC.to(self._device, copy=True).requires_grad_()
+            after_BTC = block(h_BTC, *(angle.clone() for angle in self._rotation))
+            shape, device = after_BTC.shape, self._device
+            signs_BTC = torch.randint(0, 2, shape, generator=signs, device=device) * 2.0 - 1.0
+            slopes = torch.autograd.grad(after_BTC, [outputs[name] for name in layers], signs_BTC)
+        return dict(zip(layers, slopes, strict=True))
 
     def _watch(self, layer: str, hooks: ExitStack) -> InputSums:
         module = self._model.get_submodule(layer)
@@ -117,3 +154,9 @@ class CalibrationPass:
         temporary = self._stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
         path = str(Path(temporary) / "states")
         return torch.from_file(path, shared=True, size=num_values).view(shape)
+
+
+def _keep(
+    outputs: dict[str, Tensor], layer: str, module: nn.Module, inputs: object, output: Tensor
+) -> None:
+    outputs[layer] = output

@@ -39,9 +39,13 @@ class LayerInputs:
             self.num_tokens,
         )
 
-    def squared_error(self, difference_OI: Tensor) -> Tensor:
-        """Return the mean squared change of the layer's outputs, summed over them: a scalar."""
-        return (difference_OI @ self.gram_II).mul_(difference_OI).sum()
+    def squared_error(self, difference_OI: Tensor, weight_O: Tensor | None = None) -> Tensor:
+        """Return the mean squared change of the layer's outputs, summed over them: a scalar.
+
+        `weight_O` weighs outputs; without it all count alike.
+        """
+        error_O = (difference_OI @ self.gram_II).mul_(difference_OI).sum(dim=1)
+        return error_O.sum() if weight_O is None else error_O @ weight_O
 
 
 class InputSums:

@@ -79,11 +79,22 @@ def read_layouts(
             f"{KEY}: quantization_status `{document['quantization_status']}` is not supported: the "
             "weights are not stored compressed. Save the model compressed."
         )
+    if document.get("transform_config"):
+        raise ModelFormatError(
+            f"{KEY}: rotations of weights and activations (transform_config) are not supported. "
+            "Compress the dense model without them."
+        )
+    sparsity = (document.get("sparsity_config") or {}).get("format", "dense")
+    if sparsity != "dense":
+        raise ModelFormatError(
+            f"{KEY}: weights stored without their zeros (sparsity_config format `{sparsity}`) are "
+            "not supported, only `dense`. Save the model with zeros in place."
+        )
     found: dict[str, Layout] = {}
     ignored = document.get("ignore") or []
     for name, shape in shapes.items():
         if not _matches(name, ignored):
-            group = _group_of(name, document["config_groups"])
+            group = _group_of(name, document.get("config_groups") or {})
             if group is not None:
                 found[name] = _layout(*group, shape[1])
     return found

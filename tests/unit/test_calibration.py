@@ -160,3 +160,38 @@ def test_squared_error_is_that_of_the_outputs() -> None:
     inputs = LayerInputs(x_NI.T @ x_NI / 50, x_NI.abs().mean(0), x_NI.abs().amax(0), 50)
     expected = (x_NI @ difference_OI.T).square().sum() / 50
     torch.testing.assert_close(inputs.squared_error(difference_OI), expected)
+
+
+def exact_effect(model: Decoder, layer: str, text_NT: Tensor) -> Tensor:
+    """Return the first block's effect_O of a layer from all its derivatives."""
+    states_NTC = model.model.embed_tokens(text_NT)
+    rotation = model.rotary(torch.arange(text_NT.shape[1])[None], torch.float32)
+    kept: list[Tensor] = []
+    module = model.get_submodule(layer)
+    handle = module.register_forward_hook(lambda _, inputs, output: kept.append(output))
+    after = model.model.layers[0](states_NTC, *rotation)
+    handle.remove()
+    squares = torch.zeros_like(kept[0])
+    for value in after.flatten():
+        (slope,) = torch.autograd.grad(value, kept[0], retain_graph=True)
+        squares += slope.square()
+    return squares.flatten(0, 1).sum(dim=0) / text_NT.numel()
+
+
+def test_effects_when_probed_by_signs_are_near_all_derivatives() -> None:
+    model = example_model(initializer_range=0.5)
+    layers = [f"model.layers.0.{name}" for name in ("self_attn.v_proj", "mlp.gate_proj")]
+    text_NT = example_text(2, 6)
+    many_NT = text_NT.repeat(600, 1)  # The same tokens again, with other signs.
+    with CalibrationPass(model, many_NT) as text:
+        found = text.effects(layers)
+    for layer in layers:
+        exact_O = exact_effect(model, layer, text_NT)
+        assert exact_O.max() > 2 * exact_O.min()
+        assert torch.allclose(found[layer], exact_O, rtol=0.2)
+
+
+def test_effects_when_outputs_are_added_to_the_stream_are_one() -> None:
+    layer = "model.layers.0.mlp.down_proj"
+    with CalibrationPass(example_model(), example_text(2, 40)) as text:
+        assert torch.equal(text.effects([layer])[layer], torch.ones(CONFIG.hidden_size))

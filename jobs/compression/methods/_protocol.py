@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cluster.config import StrictModel
 from jobs.compression.inputs import LayerInputs
+from jobs.compression.methods._rounding import Observer
 from jobs.compression.text import CalibrationText, TextNeed
 from jobs.config import DecoderConfig
 from jobs.kernels.formats import Layout, QuantizedWeight
@@ -32,10 +33,16 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Quantizable:
-    """A layer whose input may be scaled, and the format a later step of the recipe gives it."""
+    """A layer whose input may be scaled, and how a later step of the recipe rounds it.
+
+    `effect_O`, where the method asks for it, is how much a change of each output changes the
+    block's output: the mean over tokens of the squared derivative.
+    """
 
     weight_OI: Tensor  # noqa: N815
     layout: Layout
+    observer: Observer = "minmax"
+    effect_O: Tensor | None = None  # noqa: N815
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,12 @@ class ScalingMethod(Method, Protocol):
 
     `scale(layers, inputs, feasible, options)`: `feasible` turns factors into the nearest that what
     makes the input can carry out, and those are what is returned. The model computes the same:
-    weights take the factors, what makes the input is divided by them.
+    weights take the factors, what makes the input is divided by them. `needs_effects` says whether
+    the layers come with `effect_O`.
     """
 
     scale: Callable[[Sequence[Quantizable], LayerInputs, Feasible, Any], Tensor]
+    needs_effects: bool
 
 
 @runtime_checkable

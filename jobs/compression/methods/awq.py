@@ -5,7 +5,9 @@ input is divided: of a grid, those that leave the least squared error of the lay
 rounding to the format they are given later. A later step quantizes the layers.
 
 Source: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and
-Acceleration", 2023, section 3.2. The error is that of the linear layers' own outputs.
+Acceleration", 2023, section 3.2. There the error is that of the whole attention or MLP, run
+anew for every factor; here it is that to first order: errors of the layers' outputs, each weighed
+by how much it changes what the block gives.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,13 +23,17 @@ from jobs.compression.methods._rounding import Observer, find_scale
 from jobs.kernels.formats import Layout, round_to_scale
 
 _LEAST = 1e-4
+needs_effects = True
 
 
 class Options(StrictModel):
     """How many factors are tried, and how scales are chosen on trial."""
 
     num_ratios: int = Field(20, ge=1, description="Steps of the grid between none and all.")
-    observer: Observer = Field("minmax", description="How a scale of weights is chosen on trial.")
+    observer: Observer | None = Field(
+        None,
+        description="How a scale of weights is chosen on trial; unset: as the step that rounds.",
+    )
 
 
 def layout(options: Options) -> Layout | None:
@@ -73,12 +79,15 @@ def _weight_sizes(layers: Sequence[Quantizable]) -> Tensor:
 
 
 def _error(
-    layers: Sequence[Quantizable], inputs: LayerInputs, scale_I: Tensor, observer: Observer
+    layers: Sequence[Quantizable],
+    inputs: LayerInputs,
+    scale_I: Tensor,
+    observer: Observer | None,
 ) -> float:
     total = 0.0
     for layer in layers:
         scaled_OI = layer.weight_OI * scale_I
-        scale_OG = find_scale(scaled_OI, layer.layout, observer)
+        scale_OG = find_scale(scaled_OI, layer.layout, observer or layer.observer)
         rounded_OI = round_to_scale(scaled_OI, scale_OG, layer.layout).dequantize()
-        total += float(inputs.squared_error(rounded_OI / scale_I - layer.weight_OI))
+        total += float(inputs.squared_error(rounded_OI / scale_I - layer.weight_OI, layer.effect_O))
     return total

@@ -19,6 +19,7 @@ from jobs.compression.methods._protocol import Feasible, Quantizable
 from jobs.kernels.formats import Layout
 
 _LEAST = 1e-5
+needs_effects = False
 
 
 class Options(StrictModel):
