@@ -71,3 +71,19 @@ def test_arguments_when_threads_are_not_positive_exit_with_2() -> None:
     with pytest.raises(SystemExit) as stopped:
         _report.parse_arguments("faster", ["--threads", "0"])
     assert stopped.value.code == 2
+
+
+def test_run_sections_when_one_fails_keeps_what_was_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+
+    def measure(name: str) -> dict[str, Any]:
+        if name == "broken":
+            raise ConfigError("nothing to measure. Train a model first.")
+        return {name: 1, "last": name}
+
+    names = ["one", "two", "broken", "never"]
+    assert _report.run_sections({"claim": "x"}, out, names, measure) == ConfigError.exit_code
+    assert json.loads(out.read_text()) == {"claim": "x", "one": 1, "two": 1, "last": "two"}
+    assert "Train a model first" in capsys.readouterr().err
