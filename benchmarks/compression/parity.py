@@ -37,8 +37,8 @@ PEER = "llmcompressor"
 _GROUP_SIZE = 128
 _DAMPING = 0.01
 _SPARSITY = 0.5
-_TOLERANCE = 0.005  # "within 0.5% of theirs or better"
-_LEAST_AGREEMENT = 0.99
+TOLERANCE = 0.005  # "within 0.5% of theirs or better"
+LEAST_AGREEMENT = 0.99
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _compare(case: Case, ours: _Side, theirs: _Side, texts: Texts) -> dict[str, 
             "theirs": theirs.seconds,
             "ours_over_theirs": seconds[0] / seconds[1],
         },
-        "is_as_good": increase.point <= _TOLERANCE,
+        "is_as_good": increase.point <= TOLERANCE,
         "is_as_fast": seconds[0] <= seconds[1],
         "settings": dict(case.settings),
         "steps": [step.model_dump(mode="json") for step in case.steps],
@@ -227,7 +227,7 @@ def _compare(case: Case, ours: _Side, theirs: _Side, texts: Texts) -> dict[str, 
     if case.is_pruning:
         agreement = mask_agreement(ours.directory, theirs.directory)
         found["mask_agreement"] = agreement
-        found["has_same_mask"] = agreement >= _LEAST_AGREEMENT
+        found["has_same_mask"] = agreement >= LEAST_AGREEMENT
     return found
 
 

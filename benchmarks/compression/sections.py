@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.compression import gate, large, quality, size, speed, structured
+from benchmarks.compression import gate, large, parity, quality, size, speed, structured
+from benchmarks.compression.estimates import Claim, at_least, at_most
 from benchmarks.compression.quality import Found
 from benchmarks.compression.subject import Subject, subject
 from benchmarks.compression.trial import Say, Trial
@@ -52,6 +53,25 @@ def _structured(bench: Bench) -> Found:
     return structured.measure(bench.trials, plans, bench.folder, bench.rounds)
 
 
+def _parity(bench: Bench) -> Found:
+    """Beside llmcompressor on the first model, in `.bench/llmcompressor`."""
+    found = parity.measure_parity(
+        bench.subjects[0],
+        num_sequences=bench.num_calibration,
+        eval_sequences=bench.num_sequences,
+    )
+    claims: list[Claim] = []
+    for name, case in parity.CASES.items():
+        place, method = f"parity_llmcompressor.{name}", found[name]
+        ratio = method["perplexity"]["ours_over_theirs"]
+        claims.append(at_most(f"{place}.perplexity", ratio, 1 + parity.TOLERANCE))
+        claims.append(at_most(f"{place}.seconds", method["seconds"]["ours_over_theirs"], 1.0))
+        if case.method == "wanda":
+            agreement = method["mask_agreement"]
+            claims.append(at_least(f"{place}.masks", agreement, parity.LEAST_AGREEMENT))
+    return {"parity_llmcompressor": found}, claims
+
+
 def _true_size(bench: Bench) -> Found:
     return size.measure(
         {
@@ -70,6 +90,7 @@ SECTIONS: dict[str, Callable[[Bench], Found]] = {
     "eight_bits": lambda bench: quality.eight_bits(bench.trials),
     "few_bits": lambda bench: quality.few_bits(bench.trials),
     "pruning": lambda bench: quality.pruning(bench.trials),
+    "parity": _parity,
     "gate": lambda bench: gate.measure(bench.trials),
     "structured": _structured,
     "true_size": _true_size,
