@@ -7,7 +7,7 @@ TODAY := $(shell date +%F)
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: setup demo test test-vllm lint format bench bench-peers bench-serving bench-compression \
-	docs down
+	bench-search docs down
 
 # The C++ kernels are compiled again when their sources, the compiler or the CPU changed.
 setup: $(VENV)/.ready
@@ -70,6 +70,10 @@ bench-serving: setup bench-peers
 # Every claim about compression; it trains three models first, each over an hour.
 bench-compression: setup
 	$(BIN)/python -m benchmarks.compression --json benchmarks/results/$(TODAY)-compression.json
+
+# Beside random search, TPE and the knapsack; the front over Ray Serve; the driver killed.
+bench-search: setup
+	$(BIN)/python -m benchmarks.search --json benchmarks/results/$(TODAY)-search.json
 
 docs: setup
 	$(BIN)/python docs/generate.py

@@ -13,6 +13,7 @@ from jobs.search.page import write_page
 from jobs.search.plan import Search, plan_search
 from jobs.search.records import write_events, write_study
 from jobs.search.report import SearchOutcome, summarise, write_outcome, write_winner
+from jobs.search.served import check_can_serve, time_served
 
 
 def run_search(config: SearchConfig) -> SearchOutcome:
@@ -43,11 +44,12 @@ def run_search(config: SearchConfig) -> SearchOutcome:
 def _run(search: Search, journal: Journal) -> Finish:
     """Ask what is wanted and have it done, until the end."""
     wanted: Wanted | Finish = decide(search.space, journal.results)
-    while isinstance(wanted, Wanted):
+    if isinstance(wanted, Wanted):
         connect()
+        if search.config.served_finalists:
+            check_can_serve()
+    while isinstance(wanted, Wanted):
         if all(task.stage == "serve" for task in wanted.tasks):
-            from jobs.search.served import time_served  # deferred, as below
-
             for task in wanted.tasks:
                 journal.record(task, time_served(search, wanted.candidates, task))
             wanted = decide(search.space, journal.results)

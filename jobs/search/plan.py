@@ -26,7 +26,7 @@ from jobs.search.space import Assignment, Space, build_space, layout_of
 from jobs.search.tasks import Task
 from jobs.search.trial import Format, TrialSpec
 
-_NOT_IN_FINGERPRINT = {"output_dir", "max_concurrent_trials"}
+_NOT_IN_FINGERPRINT = {"output_dir", "max_concurrent_trials", "served_finalists"}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-from cluster.errors import EngineError
+from cluster.errors import ConfigError, EngineError
 from cluster.processes import pick_port
 from cluster.serve_api import serve_api
 from cluster.storage import MANIFEST, read_manifest, staged_directory
@@ -40,6 +40,16 @@ _WARM_UPS = 3
 _REQUESTS = 15
 _ASKED_AT_MOST = 4 * _REQUESTS
 _KEY_LIFETIME_S = 900.0
+
+
+def check_can_serve() -> None:
+    """Raise ConfigError where no cluster's Ray Serve can be asked, before a search begins."""
+    try:
+        serve_api()
+    except ConfigError as error:
+        raise ConfigError(
+            f"`served_finalists` asks for Ray Serve: {error.message} Or set it to 0."
+        ) from None
 
 
 def time_served(search: Search, candidates: Sequence[Assignment], task: Task) -> Result:
