@@ -2,7 +2,7 @@
 
 Takes a seed; gives a model directory of 23 million parameters and the packed data it was trained
 on, from `.bench/models` if they lie there. Training goes on where it was stopped; `python -m
-benchmarks.compression.subject --seeds 0 1 2` makes them beforehand (each over an hour on 2 cores).
+benchmarks.compression.subject --seeds 0 1 2` makes them beforehand (each about an hour on 2 cores).
 """
 
 import argparse
@@ -51,8 +51,8 @@ class Subject:
     config: TrainConfig
 
 
-def training(seed: int, decoder: DecoderConfig = DECODER, max_steps: int = 1200) -> TrainConfig:
-    """Return how a model is trained: 16 sequences a step, 4.9 million tokens by default."""
+def training(seed: int, decoder: DecoderConfig = DECODER, max_steps: int = 800) -> TrainConfig:
+    """Return how a model is trained: 16 sequences a step, 3.3 million tokens by default."""
     return TrainConfig(
         name=f"seed-{seed}",
         model=ModelConfig(decoder=decoder),

@@ -268,6 +268,18 @@ def test_speed_when_measured_divides_medians(tmp_path: Path) -> None:
     assert any(name.startswith("w8a8 ") for name in found["operators"]["w8a8"])
 
 
+def test_speed_when_two_formats_have_four_bits_w4_is_the_faster(tmp_path: Path) -> None:
+    directories = {DENSE: publish(tmp_path / "dense")}
+    for scheme in ("w4a16", "w4a8"):
+        step = Step(method="rtn", options={"scheme": scheme, "group_size": 128})
+        directories[f"{scheme}-g128"] = saved(tmp_path / scheme, Recipe(steps=(step,)))
+    section, claims = speed.measure(directories, 1, tokens=2, batches={1: tuple(directories)})
+    found = section["speed"]
+    assert found["w4_batch1"] == max(found["w4a16_batch1"], found["w4a8_batch1"])
+    assert found[f"{found['w4_format']}_batch1"] == found["w4_batch1"]
+    assert [claim.name for claim in claims] == ["speed.w4_batch1"]
+
+
 def test_contender_names_when_pruned_or_of_few_bits_are_the_gates_pool() -> None:
     assert set(gate._POOL) < set(CONTENDERS)
     assert {"naive-w3", "magnitude-2:4"} < set(gate._POOL)
