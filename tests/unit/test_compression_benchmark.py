@@ -18,7 +18,7 @@ from cluster.storage import staged_directory, write_manifest
 from jobs.compression.packing import save_compressed
 from jobs.compression.recipe import apply_recipe, final_shape
 from jobs.compression.text import CalibrationText
-from jobs.config import DecoderConfig, GateConfig, Recipe
+from jobs.config import DecoderConfig, GateConfig, Recipe, Step
 from jobs.models import decoder
 from tests.tiny_models import decoder_config
 
