@@ -67,7 +67,8 @@ def training(seed: int, decoder: DecoderConfig = DECODER, max_steps: int = 800) 
         micro_batch_size=8,
         max_steps=max_steps,
         eval_every_steps=200,
-        checkpoint_every_steps=100,
+        compile=True,
+        checkpoint_every_steps=50,
         seed=seed,
     )
 

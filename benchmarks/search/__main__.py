@@ -24,11 +24,13 @@ from benchmarks.search.contenders import Bench, compare, ratios
 from benchmarks.search.kills import measure_kills
 from benchmarks.search.plots import draw_fronts
 from benchmarks.search.runs import cluster, run
+from cluster.errors import SearchError
 from jobs.config import Rung
 from jobs.search.plan import plan_search
 
 _CLAIM = "The search beside what people would use instead"
 _NUM_KILLS = 10
+_WHOLE_FRONT = 1000
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,18 @@ def compare_contenders(asked: Asked) -> dict[str, Any]:
                 },
             }
         )
-    others = by_seed[0]["over_others"]
-    means = {
-        f"vs_{name}": statistics.mean(each["over_others"][name] for each in by_seed)
-        for name in others
-    }
+    means: dict[str, Any] = {}
+    for name in by_seed[0]["over_others"]:
+        values = [each["over_others"][name] for each in by_seed]
+        means[f"vs_{name}"] = statistics.mean(values)
+        means[f"vs_{name}_range"] = [min(values), max(values)]
     return {**means, "by_seed": by_seed}
 
 
 def time_served(asked: Asked) -> dict[str, Any]:
     """Search the first seed's model on a cluster; time its front through Ray Serve."""
     config = search_config(subject(asked.seeds[0]), asked.folder, name="served")
-    config = config.replace(served_finalists=8, num_trials=24)
+    config = config.replace(served_finalists=_WHOLE_FRONT, num_trials=24)
     with cluster("search-served") as session:
         run(config, session)
     document = json.loads((Path(config.output_dir) / config.name / "search.json").read_text())
@@ -93,6 +95,9 @@ def time_served(asked: Asked) -> dict[str, Any]:
         for row in document["trials"]
         if row["served_ms"] is not None and row["assignment"]
     ]
+    not_served = [r["summary"] for r in document["trials"] if r["on_front"] and not r["served_ms"]]
+    if not_served:
+        raise SearchError(f"not served, though on the front: {'; '.join(not_served)}")
     return {"latency_error": max(abs(point["error"]) for point in points), "served": points}
 
 
@@ -111,7 +116,7 @@ def kill_driver(asked: Asked) -> dict[str, Any]:
             Rung(eval_sequences=16, keep_ratio=0.25),
             Rung(eval_sequences=32, keep_ratio=1.0, real=True),
         ),
-        served_finalists=0,
+        served_finalists=1,
     )
     with cluster("search-killed") as session:
         return measure_kills(config, session, _NUM_KILLS, asked.seeds[0], asked.say)

@@ -15,26 +15,26 @@ measures: with real kernels, on the same sequences, each request timed beside th
 
 import math
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import optuna
 
+from cluster.errors import ConfigError
 from jobs.config import SearchConfig
-from jobs.search.course import Finish, Wanted, decide, first_forecast
-from jobs.search.forecast import Forecast
+from jobs.search.course import Wanted, decide, first_forecast
+from jobs.search.forecast import Forecast, knapsack_front, uniform_assignments
 from jobs.search.knapsack import priced
 from jobs.search.pareto import Point, hypervolume, shares, spread
 from jobs.search.plan import Search
-from jobs.search.proposals import knapsack_front, uniform_assignments
 from jobs.search.rungs import measure
 from jobs.search.space import UNCHANGED, Assignment
-from jobs.search.tasks import BASE, Result, Task
+from jobs.search.tasks import Result, Task
 from jobs.search.trial import run_trial
 
 Say = Callable[[str], None]
+_MOST_ASKED = 10_000  # A contender that asks for what it knows already costs nothing.
 
 
 @dataclass
@@ -44,49 +44,49 @@ class Bench:
     search: Search
     say: Say
     results: dict[Task, Result] = field(default_factory=dict)
-    measured: dict[Assignment, Result] = field(default_factory=dict)
 
     @property
     def config(self) -> SearchConfig:
         """The search's configuration."""
         return self.search.config
 
-    def run(self, task: Task, candidates: Sequence[Assignment]) -> Result:
-        """Carry out one task; on the last rung each assignment has one result."""
-        assignment = candidates[task.number] if task.stage == "rung" else UNCHANGED
-        is_last = task.stage == "rung" and task.rung == len(self.config.rungs) - 1
-        if is_last and assignment in self.measured:
-            return self.measured[assignment]
-        result = run_trial(self.search.spec(task, candidates))
-        if is_last:
-            self.measured[assignment] = result
-        return result
+    def run(self, task: Task) -> Result:
+        """Carry out one task, once."""
+        if task not in self.results:
+            result = run_trial(self.search.spec(task))
+            if result.times is not None:  # It may have been remembered from an earlier run.
+                result = result.replace(seconds=result.times.seconds)
+            self.results[task] = result
+        return self.results[task]
 
-    def full(self, assignment: Assignment) -> Result:
-        """Measure a model as the last rung does."""
-        number = 1000 + len(self.measured)  # A folder that no candidate of the search has.
-        candidates = [UNCHANGED] * number + [assignment]
-        task = Task(stage="rung", rung=len(self.config.rungs) - 1, number=number)
-        return self.run(task, candidates)
+    def last_rung(self, assignment: Assignment) -> Task:
+        """Return the task that measures a model in full."""
+        return Task(stage="rung", rung=len(self.config.rungs) - 1, assignment=assignment)
+
+    def measure(self, assignment: Assignment) -> float:
+        """Measure a model as the search measures those of its last rung; return the seconds."""
+        seconds = self.run(self.last_rung(assignment)).seconds
+        if assignment:
+            seconds += self.run(Task(stage="request", assignment=assignment)).seconds
+        return seconds
 
     def point(self, assignment: Assignment) -> Point:
         """Return a measured model's place: quality, bytes, and its request over bf16's."""
-        found = self.measured[assignment]
-        measured = measure(
-            self.config, self.search.space.base_bytes, self.measured[UNCHANGED], found
-        )
-        assert found.request_ms is not None, "a model on the last rung is timed"
-        assert found.base_request_ms, "beside the unchanged one"
+        base, found = (self.results[self.last_rung(each)] for each in (UNCHANGED, assignment))
+        request = self.results[Task(stage="request", assignment=assignment)]
+        measured = measure(self.config, self.search.space.base_bytes, base, found)
+        assert request.request_ms is not None, "a model that was measured is timed"
+        assert request.base_request_ms, "beside the unchanged one"
         return Point(
             candidate=0,
             perplexity_increase=measured.perplexity_increase.point,
             size_ratio=measured.size_ratio,
-            latency_ratio=found.request_ms / found.base_request_ms,
+            latency_ratio=request.request_ms / request.base_request_ms,
         )
 
     def hypervolume(self, assignments: Sequence[Assignment]) -> float:
         """Return the share of the worse that these models dominate; see `pareto.shares`."""
-        points = [self.point(each) for each in assignments if not self.measured[each].error]
+        points = [self.point(each) for each in assignments]
         return hypervolume([shares(point, self.config.gate) for point in points])
 
 
@@ -99,25 +99,19 @@ class Found:
 
 
 def play_ours(bench: Bench) -> tuple[Found, Forecast]:
-    """Run the search up to its last rung."""
-    results, space, seconds = bench.results, bench.search.space, 0.0
-    while isinstance(wanted := decide(space, results), Wanted):
-        if wanted.tasks[0].stage in ("gate", "serve"):
-            # The end of the rungs: what follows is no search any more.
+    """Run the search up to the gate: what follows is no search any more."""
+    space, mine, seconds = bench.search.space, dict[Task, Result](), 0.0
+    while True:
+        wanted = decide(space, mine)
+        assert isinstance(wanted, Wanted), "the gate comes before the end"
+        if wanted.tasks[0].stage == "gate":
             break
         for task in wanted.tasks:
-            results[task] = bench.run(task, wanted.candidates)
-            seconds += results[task].seconds
-        bench.say(f"ours: {len(results)} tasks, {seconds:.0f} s")
-    assert not isinstance(wanted, Finish), "the gate comes before the end"
-    last = len(bench.config.rungs) - 1
-    models = [
-        wanted.candidates[task.number]
-        for task in results
-        if task.stage == "rung" and task.rung == last and task.number != BASE
-    ]
-    bench.measured[UNCHANGED] = results[Task(stage="rung", rung=last, number=BASE)]
-    return Found(tuple(models), seconds), first_forecast(space, results)
+            mine[task] = bench.run(task)
+            seconds += mine[task].seconds
+        bench.say(f"ours: {len(mine)} tasks, {seconds:.0f} s")
+    models = [task.assignment for task in mine if task.stage == "request"]
+    return Found(tuple(models), seconds), first_forecast(space, mine)
 
 
 def play(
@@ -132,17 +126,16 @@ def play(
 
     A model that it asks for again costs nothing. The unchanged model is counted for all.
     """
-    seconds = spent_s + bench.measured[UNCHANGED].seconds
+    seconds = spent_s + bench.measure(UNCHANGED)
     models: dict[Assignment, None] = {}
-    began = time.monotonic()
-    for assignment in ask:
+    for num_asked, assignment in enumerate(ask, start=1):
         if assignment not in models and any(
             not bench.search.space.choices[choice].is_nothing for choice in assignment
         ):
-            seconds += bench.full(assignment).seconds
+            seconds += bench.measure(assignment)
             models[assignment] = None
             tell(assignment)
-        if seconds >= budget_s or time.monotonic() - began > 2 * budget_s:
+        if seconds >= budget_s or num_asked > _MOST_ASKED:
             break
     bench.say(f"{name}: {len(models)} models, {seconds:.0f} s")
     return Found(tuple(models), seconds)
@@ -228,7 +221,16 @@ def compare(bench: Bench) -> dict[str, Found]:
 def ratios(volumes: Mapping[str, float]) -> dict[str, float]:
     """Return ours over each other contender's hypervolume, less 1."""
     return {
-        name: volumes["ours"] / volume - 1 if volume > 0 else math.inf
-        for name, volume in volumes.items()
-        if name != "ours"
+        name: _over(volumes["ours"], volume) for name, volume in volumes.items() if name != "ours"
     }
+
+
+def _over(ours: float, theirs: float) -> float:
+    if ours == theirs:
+        return 0.0
+    if theirs == 0.0:
+        raise ConfigError(
+            "a contender found no model within the limits, so there is no ratio to it. Raise "
+            "`max_perplexity_increase` of the benchmark's search."
+        )
+    return ours / theirs - 1

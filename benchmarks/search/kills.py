@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.search.runs import run, start
+from cluster.errors import SearchError
 from cluster.session import Session
 from jobs.config import SearchConfig
 
 _TIMED = {"seconds", "checks", "request_ms", "base_request_ms"}
 _PAUSE_S = 1.0
+_START_SHARE = 0.1  # Of a whole search, until its first task begins.
 
 
 def measure_kills(
@@ -33,15 +35,18 @@ def measure_kills(
     whole_s = time.monotonic() - began
     say(f"control: {whole_s:.0f} s")
     generator = random.Random(seed)
-    killed_after_s = []
-    for number in range(num_kills):
-        # The next start begins where this one ends, so a share of the whole is always ahead.
-        wait_s = generator.uniform(0.2, 1.0) * whole_s / num_kills + _start_up_s(whole_s)
-        is_alive = _run_and_kill(config, session, wait_s)
+    killed_after_s: list[float] = []
+    start_s = _START_SHARE * whole_s
+    while len(killed_after_s) < num_kills:
+        # Each start takes as long as the others before it does anything; then a share is done.
+        wait_s = start_s + generator.uniform(0.1, 0.9) * (whole_s - start_s) / num_kills
+        if not _run_and_kill(config, session, wait_s):
+            raise SearchError(
+                f"the search had ended before kill {len(killed_after_s) + 1} of {num_kills}. Give "
+                "it more trials."
+            )
         killed_after_s.append(round(wait_s, 2))
-        say(f"kill {number + 1} of {num_kills} after {wait_s:.1f} s, {_count(config)} results")
-        if not is_alive:
-            say("the search had ended before")
+        say(f"kill {len(killed_after_s)} after {wait_s:.1f} s, {_count(config)} results")
     run(config, session)
     ours, theirs = _trials(config), _trials(control)
     differing = sorted(
@@ -58,10 +63,6 @@ def measure_kills(
     }
 
 
-def _start_up_s(whole_s: float) -> float:
-    return min(8.0, 0.2 * whole_s)
-
-
 def _run_and_kill(config: SearchConfig, session: Session, wait_s: float) -> bool:
     """Start the search and kill it; return whether it was still running."""
     driver = start(config, session)
@@ -72,6 +73,8 @@ def _run_and_kill(config: SearchConfig, session: Session, wait_s: float) -> bool
         driver.communicate()
         time.sleep(_PAUSE_S)  # Ray notices, and gives its workers' CPUs back.
         return True
+    if driver.returncode != 0:
+        raise SearchError(f"the search `{config.name}` failed before it was killed")
     return False
 
 

@@ -46,6 +46,7 @@ class Measurement(Checks):
     size_bytes: int
     base_size_bytes: int
     faults: tuple[str, ...] = ()
+    num_judged: int = 1
 
     @classmethod
     def from_losses(
@@ -53,16 +54,24 @@ class Measurement(Checks):
         base_losses: NDArray[np.float64],
         losses: NDArray[np.float64],
         limits: GateConfig,
+        *,
+        num_judged: int = 1,
         **measured: Any,
     ) -> Self:
         """Return a measurement from two models' losses, in nats per token, of equal sequences.
 
-        `measured` are the other fields: sizes, latencies and the rest.
+        `measured` are the other fields: sizes, latencies and the rest. Of `num_judged` models one
+        may be taken: then the bounds of the perplexity increase hold for all at once.
         """
         return cls(
             perplexity_increase=perplexity_increase(
-                base_losses, losses, samples=limits.bootstrap_samples, seed=limits.seed
+                base_losses,
+                losses,
+                samples=limits.bootstrap_samples,
+                seed=limits.seed,
+                num_judged=num_judged,
             ),
+            num_judged=num_judged,
             base_perplexity=float(np.exp(base_losses.mean())),
             perplexity=float(np.exp(losses.mean())),
             num_sequences=len(losses),
@@ -177,10 +186,17 @@ def _quality_reasons(measurement: Measurement, limits: GateConfig) -> list[str]:
         )
     if max(interval.point, interval.upper) > limits.max_perplexity_increase:
         reasons.append(
-            f"the upper 95% bound of the perplexity increase is {interval.upper:.2%} "
-            f"(point {interval.point:.2%}), the limit {limits.max_perplexity_increase:.2%}"
+            f"the upper 95% bound of the perplexity increase{_among(measurement)} is "
+            f"{interval.upper:.2%} (point {interval.point:.2%}), "
+            f"the limit {limits.max_perplexity_increase:.2%}"
         )
     return reasons
+
+
+def _among(measurement: Measurement) -> str:
+    if measurement.num_judged == 1:
+        return ""
+    return f", for {measurement.num_judged} models at once,"
 
 
 def _size_reasons(measurement: Measurement, limits: GateConfig) -> list[str]:
@@ -222,7 +238,9 @@ def _latency_reasons(measurement: Measurement, limits: GateConfig) -> list[str]:
                 f"the decode latency is {ratio:.2f} of the bf16 model's, the limit {limit:.2f}"
             )
     change = measurement.latency_change
-    if limits.require_faster and change is not None and change.lower > _SAME_SPEED:
+    if limits.require_faster and (change is None or not math.isfinite(change.lower)):
+        reasons.append("the decode latency was not measured, and require_faster asks for it")
+    elif limits.require_faster and change is not None and change.lower > _SAME_SPEED:
         reasons.append(
             f"the model is slower than the one it came from: decoding takes {change.point:.2f} of "
             f"its time (95% bounds {change.lower:.2f} and {change.upper:.2f}). On this machine the "
@@ -241,6 +259,7 @@ def _numbers(measurement: Measurement, limits: GateConfig) -> dict[str, float | 
         "perplexity_increase_upper95": _finite(interval.upper),
         "max_perplexity_increase": limits.max_perplexity_increase,
         "num_sequences": measurement.num_sequences,
+        "num_judged": measurement.num_judged,
         "size_bytes": measurement.size_bytes,
         "base_size_bytes": measurement.base_size_bytes,
         "size_ratio": _finite(measurement.size_ratio),

@@ -28,7 +28,12 @@ class Interval(StrictModel):
 
 
 def perplexity_increase(
-    base: NDArray[np.float64], candidate: NDArray[np.float64], *, samples: int, seed: int
+    base: NDArray[np.float64],
+    candidate: NDArray[np.float64],
+    *,
+    samples: int,
+    seed: int,
+    num_judged: int = 1,
 ) -> Interval:
     """Return the relative rise of perplexity from `base` to `candidate`, as a ratio (0.02 is 2%).
 
@@ -36,11 +41,12 @@ def perplexity_increase(
     one-sided 95% percentile bounds of a paired bootstrap over sequences (Efron and Tibshirani
     1993, chapter 13) of exp(mean difference) - 1: pairing removes what is common to both models,
     and a copy's difference is exactly 0. A loss that is not finite makes every number NaN, which
-    the gate refuses.
+    the gate refuses. Where `num_judged` candidates are compared with one base, so that one of them
+    may be taken, bounds hold for all at once (Bonferroni).
     """
     assert base.shape == candidate.shape, f"unpaired losses: {base.shape} and {candidate.shape}"
     differences = np.asarray(candidate, np.float64) - np.asarray(base, np.float64)
-    found = bootstrapped_mean(differences, samples=samples, seed=seed)
+    found = bootstrapped_mean(differences, samples=samples, seed=seed, num_judged=num_judged)
     return Interval(
         point=float(np.expm1(found.point)),
         lower=float(np.expm1(found.lower)),
@@ -48,17 +54,21 @@ def perplexity_increase(
     )
 
 
-def bootstrapped_mean(values: NDArray[np.float64], *, samples: int, seed: int) -> Interval:
+def bootstrapped_mean(
+    values: NDArray[np.float64], *, samples: int, seed: int, num_judged: int = 1
+) -> Interval:
     """Return the mean of [N] values with percentile bounds of a bootstrap over them.
 
-    A value that is not finite makes every number NaN.
+    A value that is not finite makes every number NaN. `num_judged` as in `perplexity_increase`.
     """
+    assert num_judged >= 1, "at least one is judged"
     assert values.ndim == 1, f"expected [N] values, found shape {values.shape}"
     assert values.size > 0, "no values to compare"
     if not np.isfinite(values).all():
         return Interval(point=_NAN, lower=_NAN, upper=_NAN)
     means = _resampled_means(values, samples, seed)
-    lower, upper = np.quantile(means, [1 - _CONFIDENCE, _CONFIDENCE])
+    beyond = (1 - _CONFIDENCE) / num_judged
+    lower, upper = np.quantile(means, [beyond, 1 - beyond])
     return Interval(point=float(values.mean()), lower=float(lower), upper=float(upper))
 
 

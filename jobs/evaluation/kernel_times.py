@@ -10,6 +10,7 @@ shared among the products that a block is made of, measured one by one. What no 
 
 import hashlib
 import json
+import logging
 import statistics
 import tempfile
 import time
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 
 from cluster.config import StrictModel
+from cluster.errors import StorageError
 from cluster.storage import write_json
-from jobs.compression.packing import load_model, save_compressed
+from jobs.compression.packing import LoadedModel, load_model, save_compressed
 from jobs.compression.recipe import apply_recipe
-from jobs.config import DecoderConfig, Recipe, Step, Workload
+from jobs.config import DecoderConfig, KvCache, Recipe, Step, Workload
 from jobs.evaluation.latency import request_times
 from jobs.kernels import choices
 from jobs.kernels.build import cache_folder
@@ -37,9 +39,10 @@ PRODUCTS: Mapping[str, tuple[str, ...]] = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
+_logger = logging.getLogger(__name__)
 _COPIES_BYTES = 256 * 2**20  # Enough that weights come from where they come from in a model.
 _TIMING_S = 0.15
-_REPEATS = 9
+_REPEATS = 10  # As many forwards as backwards.
 _MOST_REST = 0.8  # Share of the fastest format's request that no product explains, at most.
 
 
@@ -53,15 +56,11 @@ class KernelTimes(StrictModel):
     num_threads: int
     product_ms: dict[str, dict[str, float]]
     rest_ms: float
+    base_ms: float
+    """Of the unchanged model, with its own cache of keys and values."""
     uniform_ms: dict[str, float]
-
-    def predict(self, layouts: Sequence[Mapping[str, Layout]]) -> float:
-        """Return a request's milliseconds where each block's products have these formats."""
-        return self.rest_ms + sum(
-            self.product_ms[spell(layout)][product]
-            for block in layouts
-            for product, layout in block.items()
-        )
+    seconds: float
+    """What measuring took, also where it is remembered."""
 
 
 def spell(layout: Layout) -> str:
@@ -70,7 +69,11 @@ def spell(layout: Layout) -> str:
 
 
 def kernel_times(
-    model: Path, shape: DecoderConfig, layouts: Sequence[Layout], workload: Workload
+    model: Path,
+    shape: DecoderConfig,
+    layouts: Sequence[Layout],
+    workload: Workload,
+    kv_cache: KvCache = "auto",
 ) -> KernelTimes:
     """Return the table of a dense model's shape on this machine, measured now or remembered.
 
@@ -78,19 +81,27 @@ def kernel_times(
     user's cache folder. Takes seconds a format; raises what loading raises.
     """
     wanted = sorted({Layout("bf16"), *layouts}, key=spell)
-    path = _path(shape, wanted, workload)
+    path = _path(shape, wanted, workload, kv_cache)
     if (found := _read(path)) is not None:
         return found
-    measured = _measure(model, shape, wanted, workload)
-    write_json(path, measured.model_dump(mode="json"))
+    measured = _measure(model, shape, wanted, workload, kv_cache)
+    try:
+        write_json(path, measured.model_dump(mode="json"))
+    except StorageError as error:
+        _logger.warning("kernels will be timed again by the next search: %s", error)
     return measured
 
 
 def _measure(
-    model: Path, shape: DecoderConfig, layouts: Sequence[Layout], workload: Workload
+    model: Path,
+    shape: DecoderConfig,
+    layouts: Sequence[Layout],
+    workload: Workload,
+    kv_cache: KvCache,
 ) -> KernelTimes:
+    began = time.perf_counter()
     alone = {layout: _products_ms(shape, layout, workload) for layout in layouts}
-    uniform = _uniform_ms(model, layouts, workload)
+    base_ms, uniform = _uniform_ms(model, layouts, workload, kv_cache)
     blocks = shape.num_layers
     unexplained = [uniform[each] - blocks * sum(alone[each].values()) for each in layouts]
     rest_ms = min(max(0.0, statistics.median(unexplained)), _MOST_REST * min(uniform.values()))
@@ -105,44 +116,48 @@ def _measure(
         num_threads=torch.get_num_threads(),
         product_ms=product_ms,
         rest_ms=rest_ms,
+        base_ms=base_ms,
         uniform_ms={spell(layout): ms for layout, ms in uniform.items()},
+        seconds=time.perf_counter() - began,
     )
 
 
-def _uniform_ms(model: Path, layouts: Sequence[Layout], workload: Workload) -> dict[Layout, float]:
-    """Return the median time of a request of uniform models, each measured beside the dense one.
+def _uniform_ms(
+    model: Path, layouts: Sequence[Layout], workload: Workload, kv_cache: KvCache
+) -> tuple[float, dict[Layout, float]]:
+    """Return the median time of a request of the dense model, and of uniform ones beside it.
 
-    Times are scaled to the dense model's median over all turns, so that a slow spell, which meets
-    both, does not count.
+    Uniform ones have the cache of `kv_cache`. Times are scaled to the dense model's median over all
+    turns, so that a slow spell, which meets both, does not count.
     """
     dense, ratios, dense_ms = load_model(model, verify=False), {}, []
     for layout in layouts:
-        if layout.scheme == "bf16":
-            ratios[layout] = 1.0
-            continue
-        with tempfile.TemporaryDirectory(prefix="raysmith-times-") as folder:
-            options: dict[str, object] = {"scheme": layout.scheme, "observer": "minmax"}
-            if layout.group_size is not None:
-                options["group_size"] = layout.group_size
-            step = Step(method="rtn", options=options)
-            packed = Path(folder) / "model"
-            save_compressed(apply_recipe(decoder_family.load(model), Recipe(steps=(step,))), packed)
-            other = load_model(packed, verify=False)
-        base, found = _request_ms([dense.model, other.model], workload)
+        other = dense if layout.scheme == "bf16" else _uniform(model, layout)
+        base, found = request_times(
+            [dense.model, other.model],
+            prompt_tokens=workload.prompt_tokens,
+            output_tokens=workload.output_tokens,
+            repeats=_REPEATS,
+            kv_caches=["auto", kv_cache],
+        )
         ratios[layout] = statistics.median(f / b for f, b in zip(found, base, strict=True))
         dense_ms += base
-    if not dense_ms:
-        (dense_ms,) = _request_ms([dense.model], workload)
-    return {layout: ratio * statistics.median(dense_ms) for layout, ratio in ratios.items()}
+    if kv_cache == "auto":
+        ratios[Layout("bf16")] = 1.0
+    base_ms = statistics.median(dense_ms)
+    return base_ms, {layout: ratio * base_ms for layout, ratio in ratios.items()}
 
 
-def _request_ms(models: Sequence[decoder_family.Decoder], workload: Workload) -> list[list[float]]:
-    return request_times(
-        models,
-        prompt_tokens=workload.prompt_tokens,
-        output_tokens=workload.output_tokens,
-        repeats=_REPEATS,
-    )
+def _uniform(model: Path, layout: Layout) -> LoadedModel:
+    """Return the model with all layers of its blocks rounded to one format."""
+    options: dict[str, object] = {"scheme": layout.scheme, "observer": "minmax"}
+    if layout.group_size is not None:
+        options["group_size"] = layout.group_size
+    recipe = Recipe(steps=(Step(method="rtn", options=options),))
+    with tempfile.TemporaryDirectory(prefix="raysmith-times-") as folder:
+        packed = Path(folder) / "model"
+        save_compressed(apply_recipe(decoder_family.load(model), recipe), packed)
+        return load_model(packed, verify=False)
 
 
 def _products_ms(shape: DecoderConfig, layout: Layout, workload: Workload) -> dict[str, float]:
@@ -198,13 +213,16 @@ def _random_weight(layout: Layout, rows: int, columns: int) -> Tensor | Quantize
     return round_to_scale(weight_OI, scale_OG, layout)
 
 
-def _path(shape: DecoderConfig, layouts: Sequence[Layout], workload: Workload) -> Path:
+def _path(
+    shape: DecoderConfig, layouts: Sequence[Layout], workload: Workload, kv_cache: KvCache
+) -> Path:
     document = [
         *choices.environment(torch.device("cpu")),
         torch.get_num_threads(),
         shape.model_dump(mode="json"),
         [spell(layout) for layout in layouts],
         workload.model_dump(mode="json"),
+        kv_cache,
         hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     ]
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]

@@ -94,6 +94,8 @@ def request_times(
 ) -> list[list[float]]:
     """Time whole requests, one at a time, of several models in turns: milliseconds of each.
 
+    Every other turn goes backwards, so that none is always the first.
+
     A request is one pass over its prompt, which gives the first token, and one for every further
     token. Both numbers together must not exceed any model's longest position; `kv_caches` as in
     `compare_latency`.
@@ -102,12 +104,12 @@ def request_times(
     times_ms: list[list[float]] = [[] for _ in runs]
     with torch.inference_mode():
         for turn in range(1 + repeats):
-            for run, found in zip(runs, times_ms, strict=True):
+            for place in range(len(runs))[:: -1 if turn % 2 else 1]:
                 began = clock()
-                run.prefill()
-                run.decode(output_tokens - 1, clock)
+                runs[place].prefill()
+                runs[place].decode(output_tokens - 1, clock)
                 if turn:  # The first warms up.
-                    found.append((clock() - began) * 1e3)
+                    times_ms[place].append((clock() - began) * 1e3)
     return times_ms
 
 
@@ -153,11 +155,15 @@ class _DecodeRun:
         ).to(self.device)
 
     def prefill(self) -> None:
-        """Fill the cache with every sequence's prompt."""
+        """Fill the cache with every sequence's prompt, and find the token that follows it."""
         positions_1T = torch.arange(self.context, device=self.device)[None]
         for row in range(self.batch):
             attention = self.cache.attention([self._span(row, start=0, length=self.context)])
-            self.forward.hidden(self.prompts_BT[row : row + 1], positions_1T, attention)
+            tokens_1T = self.prompts_BT[row : row + 1]
+            hidden_1TC = self.forward.hidden(tokens_1T, positions_1T, attention)
+            self.forward.head(hidden_1TC[:, -1:]).argmax(dim=-1)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def decode(self, steps: int, clock: Callable[[], float]) -> list[float]:
         """Decode `steps` tokens after the prompt, greedily; return the seconds of each step."""

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from cluster.errors import ConfigError
 from jobs.evaluation.kernel_times import PRODUCTS, KernelTimes, spell
+from jobs.search.knapsack import priced
 from jobs.search.pareto import Point, shares
 from jobs.search.predictor import Predictor
 from jobs.search.space import Assignment, Space, layout_of
+from jobs.search.tasks import Result
 
 _PRODUCTS_OF_PART = {"self_attn": ("qkv", "o"), "mlp": ("gate_up", "down")}
 _NAMES = {
@@ -22,6 +24,7 @@ _NAMES = {
     "max_size_ratio": "size, over bf16",
     "max_bytes": "bytes",
     "max_memory_bytes": "bytes in memory",
+    "max_latency_ratio": "latency, over bf16",
     "max_latency_ms": "milliseconds a request",
     "max_cost_per_million_tokens": "cost of a million tokens",
 }
@@ -48,7 +51,7 @@ class Forecast:
     @property
     def base_ms(self) -> float:
         """Milliseconds of a request on the unchanged model."""
-        return self.times.uniform_ms["bf16/None"]
+        return self.times.base_ms
 
     def latency_ms(self, assignment: Assignment) -> float:
         """Return the milliseconds of a request."""
@@ -82,18 +85,32 @@ class Forecast:
 
     def values(self, assignment: Assignment) -> dict[str, float]:
         """Return what the limits are compared with, but for quality."""
-        latency_ms, config = self.latency_ms(assignment), self.space.config
-        size_bytes = self.space.size_bytes(assignment)
-        values = {
-            "max_size_ratio": size_bytes / self.space.base_bytes,
-            "max_bytes": float(size_bytes),
-            "max_memory_bytes": float(self.space.memory_bytes(assignment)),
-            "max_latency_ms": latency_ms,
-        }
-        cost = config.limits.cost_per_million_tokens(latency_ms, config.workload.output_tokens)
-        if cost is not None:
-            values["max_cost_per_million_tokens"] = cost
-        return values
+        return _values(
+            self.space,
+            size_bytes=self.space.size_bytes(assignment),
+            memory_bytes=self.space.memory_bytes(assignment),
+            latency_ms=self.latency_ms(assignment),
+            base_ms=self.base_ms,
+        )
+
+
+def measured_values(space: Space, found: Result, request: Result) -> dict[str, float]:
+    """Return what the limits are compared with, but for quality, as it was measured.
+
+    What could not be measured is infinite.
+    """
+    return _values(
+        space,
+        size_bytes=found.size_bytes,
+        memory_bytes=math.inf if found.memory_bytes is None else found.memory_bytes,
+        latency_ms=math.inf if request.request_ms is None else request.request_ms,
+        base_ms=request.base_request_ms or math.nan,
+    )
+
+
+def name_of(limit: str) -> str:
+    """Return what a limit is for, in words."""
+    return _NAMES[limit]
 
 
 def limits_of(space: Space) -> dict[str, float]:
@@ -102,6 +119,7 @@ def limits_of(space: Space) -> dict[str, float]:
     limits: dict[str, float | None] = {
         "max_perplexity_increase": config.gate.max_perplexity_increase,
         "max_size_ratio": config.gate.max_size_ratio,
+        "max_latency_ratio": config.gate.max_latency_ratio,
         "max_bytes": config.limits.max_bytes,
         "max_memory_bytes": config.limits.max_memory_bytes,
         "max_latency_ms": config.limits.max_latency_ms,
@@ -124,27 +142,58 @@ def excesses(values: Mapping[str, float], limits: Mapping[str, float]) -> dict[s
     return dict(sorted(found.items()))
 
 
-def check_limits(forecast: Forecast, assignments: Sequence[Assignment]) -> None:
-    """Raise ConfigError where none of these assignments, a front, keeps to the limits.
+def check_limits(forecast: Forecast) -> None:
+    """Raise ConfigError where no assignment that can be found keeps to the limits.
 
     Quality is left to the gate: what is predicted of it is too rough to refuse a search. The
     message names the limits that leave nothing, and the assignment that is nearest.
     """
-    every = {each: forecast.excesses(each) for each in assignments}
-    if not every or any(not excess for excess in every.values()):
+    space = forecast.space
+    pool = [*knapsack_front(forecast), *uniform_assignments(space)]
+    every = {each: forecast.excesses(each) for each in pool}
+    nearest = _descend(forecast, min(every, key=lambda each: (sum(every[each].values()), each)))
+    excess = forecast.excesses(nearest)
+    if not excess:
         return
-    nearest = min(every, key=lambda each: (sum(every[each].values()), each))
-    guilty = emptying(list(every.values()))
-    limits, values = limits_of(forecast.space), forecast.values(nearest)
-    met = ", ".join(
-        f"{_NAMES[name]} {values[name]:,.4g} (limit {limits[name]:,.4g})" for name in every[nearest]
-    )
+    guilty = emptying([*every.values(), excess])
+    limits, values = limits_of(space), forecast.values(nearest)
+    met = ", ".join(f"{_NAMES[n]} {values[n]:,.4g} (limit {limits[n]:,.4g})" for n in excess)
     raise ConfigError(
         f"no model of this search can keep to all limits: {explain(guilty)}. The nearest is "
-        f"`{forecast.space.describe(nearest)}` with {met}. Raise "
-        f"{' or '.join(f'`{name}`' for name in guilty or every[nearest])}, or add smaller or "
+        f"`{space.describe(nearest)}` with {met}. Raise "
+        f"{' or '.join(f'`{name}`' for name in guilty or excess)}, or add smaller or "
         "faster `schemes`."
     )
+
+
+def knapsack_front(forecast: Forecast) -> list[Assignment]:
+    """Return the convex fronts of loss, bytes and latency as they are predicted now."""
+    space = forecast.space
+    size_SC = -space.saved_bytes_SC.astype(float)
+    fronts = priced(forecast.predictor.rises_SC, size_SC, forecast.latency_SC)
+    return [each for each in fronts if any(not space.choices[c].is_nothing for c in each)]
+
+
+def uniform_assignments(space: Space) -> list[Assignment]:
+    """Return one choice everywhere, for every choice that changes something."""
+    return [space.uniform(c) for c, choice in enumerate(space.choices) if not choice.is_nothing]
+
+
+def _descend(forecast: Forecast, assignment: Assignment) -> Assignment:
+    """Change one group at a time for as long as that brings the limits nearer."""
+    least = sum(forecast.excesses(assignment).values())
+    while least > 0:
+        changed = [
+            (*assignment[:group], choice, *assignment[group + 1 :])
+            for group in range(len(assignment))
+            for choice in range(len(forecast.space.choices))
+        ]
+        sums = [sum(forecast.excesses(each).values()) for each in changed]
+        best = min(range(len(changed)), key=sums.__getitem__)
+        if sums[best] >= least:
+            break
+        assignment, least = changed[best], sums[best]
+    return assignment
 
 
 def emptying(every: Sequence[Mapping[str, float]]) -> list[str]:
@@ -161,6 +210,23 @@ def explain(guilty: Sequence[str]) -> str:
         return f"`{guilty[0]}` leaves nothing of what the others allow"
     names = " and ".join(f"`{name}`" for name in guilty)
     return f"{names} contradict each other: either alone could be kept"
+
+
+def _values(
+    space: Space, *, size_bytes: float, memory_bytes: float, latency_ms: float, base_ms: float
+) -> dict[str, float]:
+    config = space.config
+    values = {
+        "max_size_ratio": size_bytes / space.base_bytes,
+        "max_latency_ratio": latency_ms / base_ms,
+        "max_bytes": float(size_bytes),
+        "max_memory_bytes": float(memory_bytes),
+        "max_latency_ms": latency_ms,
+    }
+    cost = config.limits.cost_per_million_tokens(latency_ms, config.workload.output_tokens)
+    if cost is not None:
+        values["max_cost_per_million_tokens"] = cost
+    return values
 
 
 def _latency(space: Space, times: KernelTimes) -> NDArray[np.float64]:

@@ -27,7 +27,7 @@ def priced(
     bytes_SC: NDArray[np.float64],
     latency_SC: NDArray[np.float64] | None = None,
 ) -> list[Assignment]:
-    """Return the distinct best assignments under a sweep of prices, cheapest bytes last.
+    """Return the distinct best assignments under a sweep of prices.
 
     Without `latency_SC` latency has no price: that is the additive knapsack of loss against bytes.
     """

@@ -4,7 +4,10 @@ Takes a SearchConfig; gives a SearchOutcome, `search.json`, `report.html` and th
 `output_dir/name`. What comes next is `course.decide`'s; how it is run is `tuning`'s and `served`'s.
 """
 
-from cluster.errors import GateRefusedError
+import logging
+
+from cluster.errors import ClusterError, EngineError, GateRefusedError, SearchError
+from cluster.locks import exclusive
 from cluster.session import connect
 from jobs.config import SearchConfig
 from jobs.search.course import Finish, Wanted, decide
@@ -13,7 +16,11 @@ from jobs.search.page import write_page
 from jobs.search.plan import Search, plan_search
 from jobs.search.records import write_events, write_study
 from jobs.search.report import SearchOutcome, summarise, write_outcome, write_winner
-from jobs.search.served import check_can_serve, time_served
+from jobs.search.served import check_can_serve, stop_leftovers, time_served
+from jobs.search.tasks import Result, Task
+
+_LOCK = ".lock"
+_logger = logging.getLogger(__name__)
 
 
 def run_search(config: SearchConfig) -> SearchOutcome:
@@ -24,15 +31,16 @@ def run_search(config: SearchConfig) -> SearchOutcome:
     the limits leave nothing.
     """
     search = plan_search(config)
-    journal = Journal(search.run_dir / "journal.jsonl", search.fingerprint)
-    end = _run(search, journal)
-    outcome = summarise(search, journal.results, end)
-    if outcome.winner is not None:
-        write_winner(search, outcome)
-    write_outcome(outcome)
-    write_page(search, outcome, journal.results)
-    write_study(search, outcome)
-    write_events(search, outcome)
+    with exclusive(search.run_dir / _LOCK, f"the search `{config.name}`", SearchError):
+        journal = Journal(search.run_dir / "journal.jsonl", search.fingerprint)
+        end = _run(search, journal)
+        outcome = summarise(search, journal.results, end)
+        if outcome.winner is not None:
+            write_winner(search, outcome)
+        write_outcome(outcome)
+        write_page(search, outcome, journal.results)
+        write_study(search, outcome)
+        write_events(search, outcome)
     if outcome.winner is None:
         raise GateRefusedError(
             f"search `{config.name}`: {outcome.why}. Loosen `gate`, widen `schemes`, or train "
@@ -48,13 +56,27 @@ def _run(search: Search, journal: Journal) -> Finish:
         connect()
         if search.config.served_finalists:
             check_can_serve()
+            stop_leftovers(search)
     while isinstance(wanted, Wanted):
         if all(task.stage == "serve" for task in wanted.tasks):
             for task in wanted.tasks:
-                journal.record(task, time_served(search, wanted.candidates, task))
+                _serve(search, journal, task)
             wanted = decide(search.space, journal.results)
         else:
             from jobs.search.tuning import run_tasks  # a finished search needs no Ray Tune
 
             wanted = run_tasks(search, journal)
     return wanted
+
+
+def _serve(search: Search, journal: Journal, task: Task) -> None:
+    """Time one model through Ray Serve; what cannot be served costs its time, not the search."""
+    try:
+        journal.record(task, time_served(search, task))
+    except (ClusterError, EngineError) as error:
+        _logger.warning(
+            "%s was not timed through Ray Serve: %s",
+            search.space.describe(task.assignment),
+            error.message,
+        )
+        journal.leave_out(task, Result(error=error.message))

@@ -43,12 +43,14 @@ def write_page(search: Search, outcome: SearchOutcome, results: Results) -> Path
 def _plots(search: Search, outcome: SearchOutcome, results: Results) -> list[str]:
     gate = search.config.gate
     sized = [
-        _point(row, outcome, row.size_ratio) for row in outcome.trials if row.size_ratio is not None
+        _point(row, outcome, row.size_ratio)
+        for row in outcome.trials
+        if row.size_ratio is not None and row.perplexity_increase is not None
     ]
     timed = [
         _point(row, outcome, row.latency_ratio)
         for row in outcome.trials
-        if row.latency_ratio is not None
+        if row.latency_ratio is not None and row.perplexity_increase is not None
     ]
     limit = gate.max_perplexity_increase
     drawn = [plots.pareto("Bytes", sized, limits=(gate.max_size_ratio, limit))]
@@ -56,7 +58,7 @@ def _plots(search: Search, outcome: SearchOutcome, results: Results) -> list[str
         text = "time of a request, % of bf16"
         drawn.append(plots.pareto("Latency", timed, limits=(None, limit), x=text))
     alone = [
-        results[Task(stage="probe", number=number)].divergences
+        results[Task(stage="probe", group=number)].divergences
         for number in range(len(search.space.groups))
     ]
     series = {

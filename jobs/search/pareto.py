@@ -69,9 +69,11 @@ def shares(point: Point, limits: GateConfig) -> Objectives:
     """Return a point's objectives as shares of the worst that counts, at most 1 where it counts.
 
     The worst are the limit of the perplexity increase and the unchanged model's bytes and latency.
-    A perplexity below the unchanged model's is no better than its equal.
+    A perplexity below the unchanged model's is no better than its equal; one that is no number is
+    infinitely bad.
     """
-    increase = max(0.0, point.perplexity_increase) / limits.max_perplexity_increase
+    increase = point.perplexity_increase / limits.max_perplexity_increase
+    increase = max(0.0, increase) if math.isfinite(increase) else math.inf
     latency = () if point.latency_ratio is None else (point.latency_ratio,)
     return (increase, point.size_ratio, *latency)
 

@@ -5,9 +5,9 @@ nothing.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.errors import ConfigError, ModelFormatError
 from cluster.storage import (
@@ -19,19 +19,21 @@ from cluster.storage import (
 )
 from jobs.compression.recipe import text_needs
 from jobs.compression.text import check_need, open_text
-from jobs.config import DecoderConfig, Recipe, SearchConfig
-from jobs.data.tokens import open_split
+from jobs.config import CalibrationConfig, DecoderConfig, SearchConfig
+from jobs.data.tokens import Split, open_split
 from jobs.models import _hf
 from jobs.search.space import Assignment, Space, build_space, layout_of
 from jobs.search.tasks import Task
 from jobs.search.trial import Format, TrialSpec
 
+# Asked of Ray Serve at most: some warm up, and an answer that ends early is asked for again.
+NUM_PROMPTS = 24
 _NOT_IN_FINGERPRINT = {"output_dir", "max_concurrent_trials", "served_finalists"}
 
 
 @dataclass(frozen=True)
 class Search:
-    """Everything a search needs; candidate 0 is the unchanged model."""
+    """Everything a search needs."""
 
     config: SearchConfig
     run_dir: Path
@@ -40,7 +42,7 @@ class Search:
     space: Space
     fingerprint: str
 
-    def spec(self, task: Task, candidates: Sequence[Assignment]) -> TrialSpec:
+    def spec(self, task: Task) -> TrialSpec:
         """Return what a task measures; the gate sees the test split, all else validation."""
         config = self.config
         spec = TrialSpec(
@@ -50,34 +52,46 @@ class Search:
             seq_len=config.seq_len,
             seed=config.seed,
             workload=config.workload,
-            calibration=config.calibration,
+            calibration=self.calibration,
         )
         if task.stage == "times":
-            return spec.replace(formats=self._formats())
+            return spec.replace(formats=self._formats(), kv_cache=config.kv_cache)
         if task.stage == "probe":
-            group = self.space.groups[task.number]
-            return spec.replace(
-                alone=tuple(self._alone(task.number, c) for c in range(len(self.space.choices))),
-                first_block=group.first,
-                num_sequences=config.probe_sequences,
-            )
+            return spec.replace(**self._probe(task))
         is_gate = task.stage == "gate"
-        is_real = is_gate or config.rungs[task.rung].real
-        assignment = candidates[task.number]
-        return spec.replace(
-            recipe=self.space.recipe(assignment, real=is_real),
-            split="test" if is_gate else "validation",
-            num_sequences=(
-                config.gate.eval_sequences if is_gate else config.rungs[task.rung].eval_sequences
-            ),
-            packed=self.packed(task.number) if is_real else None,
-            times_request=is_real and bool(assignment),
-            gate=config.gate if is_gate else None,
+        is_real = task.stage != "rung" or config.rungs[task.rung].real
+        spec = spec.replace(
+            recipe=self.space.recipe(task.assignment, real=is_real),
+            packed=self.packed(task.assignment) if is_real else None,
         )
+        if is_gate:
+            return spec.replace(
+                split="test",
+                num_sequences=config.gate.eval_sequences,
+                seed=config.gate.seed,
+                gate=config.gate if task.assignment else None,
+            )
+        return spec.replace(num_sequences=config.rungs[task.rung].eval_sequences)
 
-    def packed(self, candidate: int) -> Path:
-        """Return where a candidate's model directory is written."""
-        return self.run_dir / "trials" / f"{candidate:03d}"
+    def packed(self, assignment: Assignment) -> Path:
+        """Return where a model's directory is written, by what is done to it."""
+        name = digest_bytes(bytes(assignment))[:12]
+        return self.run_dir / "trials" / name
+
+    @property
+    def calibration(self) -> CalibrationConfig | None:
+        """The config's, its folder found from any process."""
+        given = self.config.calibration
+        return None if given is None else given.replace(data=str(resolve_output(given.data)))
+
+    def _probe(self, task: Task) -> dict[str, Any]:
+        assert task.group is not None, "a probe is of a group"
+        choices = range(len(self.space.choices))
+        return {
+            "alone": tuple(self.space.alone(task.group, choice) for choice in choices),
+            "first_block": self.space.groups[task.group].first,
+            "num_sequences": self.config.probe_sequences,
+        }
 
     def _formats(self) -> tuple[Format, ...]:
         layouts = [layout_of(each.scheme, self.space.decoder) for each in self.space.choices]
@@ -85,10 +99,6 @@ class Search:
             Format(scheme=layout.scheme, group_size=layout.group_size)
             for layout in dict.fromkeys(layouts)
         )
-
-    def _alone(self, group: int, choice: int) -> Recipe:
-        """Return the recipe that makes one choice for one group and leaves the others."""
-        return self.space.alone(group, choice)
 
 
 def plan_search(config: SearchConfig) -> Search:
@@ -102,9 +112,12 @@ def plan_search(config: SearchConfig) -> Search:
     model_digest = verify_directory(model)["self_sha256"]
     decoder = _hf.from_hf_config(_hf.read_config(model))
     _check_data(config, data, decoder)
+    _check_prompts(config, data)
     space = build_space(config, decoder)
+    text_digest = ""
     if config.calibration is not None:
         split = open_text(config.calibration, model, decoder)
+        text_digest = read_manifest(split.folder)["self_sha256"]
         last = space.recipe(space.uniform(len(space.choices) - 1), real=True)
         for place, need in text_needs(decoder, last).items():
             check_need(split, need, place)
@@ -116,7 +129,7 @@ def plan_search(config: SearchConfig) -> Search:
         model=model,
         data=data,
         space=space,
-        fingerprint=digest_bytes(f"{document}{model_digest}{data_digest}".encode()),
+        fingerprint=digest_bytes(f"{document}{model_digest}{data_digest}{text_digest}".encode()),
     )
 
 
@@ -151,6 +164,7 @@ def preview_rows(config: SearchConfig, decoder: DecoderConfig) -> list[tuple[str
         rows.append((f"rung {number}", f"{alive} trials, {rung.eval_sequences} sequences, {kind}"))
         alive = max(1, math.ceil(alive * rung.keep_ratio))
     rows.append(("gate", _gate_text(config)))
+    rows.append(("Ray Serve", f"times {config.served_finalists} of the front, on CPUs as trials"))
     limits = config.limits.model_dump(exclude_none=True)
     rows += [(f"limits.{name}", f"{value:,}") for name, value in limits.items()]
     for choice in range(len(space.choices)):
@@ -177,23 +191,37 @@ def _check_positions(config: SearchConfig, decoder: DecoderConfig) -> None:
 
 def _check_data(config: SearchConfig, data: Path, decoder: DecoderConfig) -> None:
     _check_positions(config, decoder)
-    needed = {
-        "validation": max(config.probe_sequences, *(rung.eval_sequences for rung in config.rungs)),
-        "test": config.gate.eval_sequences,
-    }
-    for name, num_sequences in needed.items():
-        split = open_split(data, name)  # type: ignore[arg-type]  # keys are splits
+    needed: list[tuple[str, Split, int]] = [
+        ("probe_sequences", "validation", config.probe_sequences),
+        *(
+            (f"rungs[{number}].eval_sequences", "validation", rung.eval_sequences)
+            for number, rung in enumerate(config.rungs)
+        ),
+        ("gate.eval_sequences", "test", config.gate.eval_sequences),
+    ]
+    for key, name, num_sequences in needed:
+        split = open_split(data, name)
         found = split.num_sequences(config.seq_len)
         if found < num_sequences:
             raise ConfigError(
-                f"{num_sequences} sequences of the {name} split are asked for, and {data} has "
-                f"{found} of seq_len={config.seq_len}. Lower `eval_sequences` or give more data."
+                f"`{key}` = {num_sequences} asks for sequences of the {name} split, and {data} has "
+                f"{found} of seq_len={config.seq_len}. Lower `{key}` or give more data."
             )
         if split.vocab_size > decoder.vocab_size:
             raise ConfigError(
                 f"{data} was tokenized with {split.vocab_size} ids, the model has "
                 f"{decoder.vocab_size}. Give the data the model was trained on."
             )
+
+
+def _check_prompts(config: SearchConfig, data: Path) -> None:
+    prompts = open_split(data, "validation").num_sequences(config.workload.prompt_tokens)
+    if config.served_finalists and prompts < NUM_PROMPTS:
+        raise ConfigError(
+            f"`served_finalists` asks Ray Serve {NUM_PROMPTS} different prompts, and the "
+            f"validation split of {data} has {prompts} of workload.prompt_tokens="
+            f"{config.workload.prompt_tokens}. Lower that, or set `served_finalists` to 0."
+        )
 
 
 def _gate_text(config: SearchConfig) -> str:

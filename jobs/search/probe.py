@@ -11,6 +11,7 @@ B sequences, T tokens, C hidden width, N = B * T, V vocabulary
 """
 
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -45,10 +46,11 @@ def divergences(
         return model.model.norm(start_BTC).flatten(0, 1)
 
     unchanged_NC = through(h_BTC)
+    targets = {target for recipe in recipes for step in recipe.steps for target in step.targets}
     kept = {
         name: weight_of(model, name)
         for name in linear_names(model)
-        if int(name.split(".")[2]) >= first_block
+        if any(fnmatchcase(name, target) for target in targets)
     }
     saved = {name: weight.clone() for name, weight in kept.items()}
     found = []

@@ -7,10 +7,10 @@ equal proposals, so a search that goes on after a kill proposes what it would ha
 import random
 from collections.abc import Mapping, Sequence
 
-from jobs.search.forecast import Forecast
-from jobs.search.knapsack import neighbours, priced
+from jobs.search.forecast import Forecast, knapsack_front, uniform_assignments
+from jobs.search.knapsack import neighbours
 from jobs.search.pareto import spread, violation
-from jobs.search.space import Assignment, Space
+from jobs.search.space import Assignment
 
 _NEIGHBOURS = 400
 
@@ -35,19 +35,6 @@ def propose(
     places = spread([forecast.objectives(each) for each in pool], count - len(first), have)
     chosen = [*first, *(pool[place] for place in places)]
     return [*chosen, *_nearest(forecast, pool, chosen, count - len(chosen))]
-
-
-def uniform_assignments(space: Space) -> list[Assignment]:
-    """Return one choice everywhere, for every choice that changes something."""
-    return [space.uniform(c) for c, choice in enumerate(space.choices) if not choice.is_nothing]
-
-
-def knapsack_front(forecast: Forecast) -> list[Assignment]:
-    """Return the convex fronts of loss, bytes and latency as they are predicted now."""
-    space = forecast.space
-    size_SC = -space.saved_bytes_SC.astype(float)
-    fronts = priced(forecast.predictor.rises_SC, size_SC, forecast.latency_SC)
-    return [each for each in fronts if any(not space.choices[c].is_nothing for c in each)]
 
 
 def _pool(

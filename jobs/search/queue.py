@@ -17,8 +17,8 @@ from jobs.search.journal import Journal
 from jobs.search.pareto import Point, front
 from jobs.search.plan import Search
 from jobs.search.rungs import measure
-from jobs.search.space import Assignment
-from jobs.search.tasks import Result, Task
+from jobs.search.space import Space
+from jobs.search.tasks import ALONE, Result, Task
 from jobs.search.trial import TrialSpec
 
 # Carried out by the driver, which holds no CPU that a replica needs.
@@ -39,14 +39,17 @@ class TaskQueue:
 
     def take(self, key: str) -> TrialSpec | None:
         """Return the next task's spec, or None if none can start now; `key` will name it."""
-        if self.is_over or len(self.running) >= self._search.config.max_concurrent_trials:
+        if self.is_over:
             return None
         wanted = self._decide()
         assert isinstance(wanted, Wanted), "a search that is over wants no task"
+        is_timed = wanted.tasks[0].stage in ALONE
+        if len(self.running) >= (1 if is_timed else self._search.config.max_concurrent_trials):
+            return None
         for task in wanted.tasks:
             if task not in self.running.values():
                 self.running[key] = task
-                return self._search.spec(task, wanted.candidates)
+                return self._search.spec(task)
         return None
 
     def give(self, key: str, found: Mapping[str, Any] | None) -> None:
@@ -60,11 +63,6 @@ class TaskQueue:
             self._fatal = getattr(cluster.errors, found["fatal_class"])(found["fatal"])
         else:
             self._record(task, Result.model_validate(json.loads(found["result"])))
-
-    @property
-    def candidates(self) -> tuple[Assignment, ...]:
-        """The candidates so far, by number."""
-        return self._decide().candidates
 
     @property
     def is_over(self) -> bool:
@@ -106,7 +104,7 @@ class TaskQueue:
             # Only when all that was wanted is there, something else is.
             left = tuple(each for each in before.tasks if each not in self._journal.results)
             self._decision = Wanted(before.candidates, left) if left else None
-        self._print(self._line(task, result, before))
+        self._print(self._line(task, result))
         if self._decision is None and task.stage == "rung":
             self._print(self._front(task.rung, before))
 
@@ -116,7 +114,7 @@ class TaskQueue:
         base = results[Task(stage="rung", rung=rung)]
         points = []
         for number, assignment in enumerate(known.candidates):
-            found = results.get(Task(stage="rung", rung=rung, number=number))
+            found = results.get(Task(stage="rung", rung=rung, assignment=assignment))
             if assignment and found is not None and found.error is None and not base.error:
                 measured = measure(space.config, space.base_bytes, base, found)
                 increase = measured.perplexity_increase.point
@@ -127,30 +125,32 @@ class TaskQueue:
         best = (f"{each.size_ratio:.1%} {each.perplexity_increase:+.2%}" for each in front(points))
         return f"front of rung {rung} (size, perplexity): {'; '.join(best) or 'empty'}"
 
-    def _line(self, task: Task, result: Result, known: Wanted | Finish) -> str:
-        seconds = f"{result.seconds:.1f} s"
+    def _line(self, task: Task, result: Result) -> str:
+        """Return what a result says, for whoever watches."""
+        space, seconds = self._search.space, f"{result.seconds:.1f} s"
+        what = _what(task, space)
         if result.error is not None:
-            return f"{_place(task)}: {self._what(task, known)}: {result.error}, {seconds}"
-        if task.stage == "times" and result.times is not None:
-            found = (f"{name} {ms:.1f} ms" for name, ms in result.times.uniform_ms.items())
-            return f"a request on uniform models: {', '.join(found)}, {seconds}"
+            return f"{_place(task)}: {what}: {result.error}, {seconds}"
+        if result.times is not None:
+            uniform = (f"{name} {ms:.1f} ms" for name, ms in result.times.uniform_ms.items())
+            return f"a request on uniform models: {', '.join(uniform)}, {seconds}"
         if task.stage == "probe":
-            pairs = zip(self._search.space.choices, result.divergences, strict=True)
-            found = (f"{choice} {value:.2g}" for choice, value in pairs)
-            return f"alone: {self._what(task, known)}: {', '.join(found)} nats, {seconds}"
+            pairs = zip(space.choices, result.divergences, strict=True)
+            alone = (f"{choice} {value:.2g}" for choice, value in pairs)
+            return f"alone: {what}: {', '.join(alone)} nats, {seconds}"
+        if task.stage == "request":
+            times = f"{result.request_ms:.1f} ms, bf16 {result.base_request_ms:.1f} ms"
+            return f"request: {what}: {times}, {seconds}"
         loss = sum(result.losses) / len(result.losses)
-        return (
-            f"{_place(task)}: {self._what(task, known)}: loss {loss:.4f}, "
-            f"{result.size_bytes:,} bytes, {seconds}"
-        )
+        return f"{_place(task)}: {what}: loss {loss:.4f}, {result.size_bytes:,} bytes, {seconds}"
 
-    def _what(self, task: Task, known: Wanted | Finish) -> str:
-        space = self._search.space
-        if task.stage == "times":
-            return "kernels"
-        if task.stage == "probe":
-            return space.groups[task.number].title
-        return space.describe(known.candidates[task.number])
+
+def _what(task: Task, space: Space) -> str:
+    if task.stage == "times":
+        return "kernels"
+    if task.group is not None:
+        return space.groups[task.group].title
+    return space.describe(task.assignment)
 
 
 def _is_of_driver(decision: Wanted | Finish) -> bool:

@@ -4,6 +4,7 @@ Takes a search's inputs and results; gives values, `search.json` and the winner'
 It does not know how the results came about.
 """
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +24,10 @@ from jobs.config import Recipe
 from jobs.evaluation.gate import Verdict
 from jobs.search.course import Finish
 from jobs.search.forecast import emptying, excesses, explain, limits_of
-from jobs.search.pareto import Point, front
 from jobs.search.plan import Search
 from jobs.search.rungs import measure
-from jobs.search.space import Assignment
-from jobs.search.tasks import BASE, Result, Results, Task
+from jobs.search.space import UNCHANGED, Assignment
+from jobs.search.tasks import Result, Results, Task
 
 
 class TrialRow(StrictModel):
@@ -42,7 +42,6 @@ class TrialRow(StrictModel):
     perplexity_increase: float | None = None
     perplexity_increase_lower95: float | None = None
     perplexity_increase_upper95: float | None = None
-    predicted_increase: float | None = None
     size_bytes: int | None = None
     size_ratio: float | None = None
     latency_ms: float | None = None
@@ -87,12 +86,11 @@ class SearchOutcome(StrictModel):
 
 
 def summarise(search: Search, results: Results, end: Finish) -> SearchOutcome:
-    """Return the outcome; the front is taken among the candidates of the last rung."""
+    """Return the outcome; candidates are numbered in the order in which they were proposed."""
     config = search.config
     rows = [_row(search, end, each, results) for each in range(len(end.candidates))]
-    last = [row for row in rows if row.rung == len(config.rungs) - 1 and row.error is None]
-    on_front = {point.candidate for point in front([_point(row) for row in last if row.assignment])}
-    winner = end.winner
+    winner = None if end.winner is None else end.candidates.index(end.winner)
+    on_front = {end.candidates.index(each) for each in end.front}
     return SearchOutcome(
         name=config.name,
         run_dir=search.run_dir,
@@ -102,7 +100,7 @@ def summarise(search: Search, results: Results, end: Finish) -> SearchOutcome:
         front=tuple(sorted(on_front)),
         winner=winner,
         winner_path=search.run_dir / "winner" if winner is not None else None,
-        verdict=_nearest(end) if winner is None else end.verdicts[winner],
+        verdict=_nearest(end) if end.winner is None else end.verdicts[end.winner],
         why=_why(search, end, rows),
     )
 
@@ -126,7 +124,7 @@ def write_winner(search: Search, outcome: SearchOutcome) -> Path:
         found = verify_directory(target)
         if all(found.get(key) == value for key, value in manifest.items()):
             return target
-    packed = search.packed(outcome.winner)
+    packed = search.packed(row.assignment)
     verify_directory(packed)
     with staged_directory(target, manifest, replace=True) as staging:
         shutil.copytree(
@@ -138,10 +136,13 @@ def write_winner(search: Search, outcome: SearchOutcome) -> Path:
 
 def _row(search: Search, end: Finish, candidate: int, results: Results) -> TrialRow:
     config, assignment = search.config, end.candidates[candidate]
-    tasks = [Task(stage="rung", rung=rung, number=candidate) for rung in range(len(config.rungs))]
+    tasks = [
+        Task(stage="rung", rung=rung, assignment=assignment) for rung in range(len(config.rungs))
+    ]
     ran = [task for task in tasks if task in results]
     task = ran[-1] if ran else tasks[0]
     found = results[task]
+    request = results.get(Task(stage="request", assignment=assignment), Result())
     row = TrialRow(
         candidate=candidate,
         assignment=assignment,
@@ -149,26 +150,30 @@ def _row(search: Search, end: Finish, candidate: int, results: Results) -> Trial
         summary=search.space.describe(assignment),
         rung=task.rung,
         predicted_latency_ms=end.forecast.latency_ms(assignment),
-        predicted_increase=end.forecast.point(candidate, assignment).perplexity_increase,
-        seconds=sum(results[each].seconds for each in ran),
+        latency_ms=request.request_ms,
+        latency_ratio=_ratio(request),
+        seconds=request.seconds + sum(results[each].seconds for each in ran),
         error=found.error,
-        **_served(end, candidate, results),
+        **_served(end, assignment, results),
     )
     if found.error is not None:
         return row
-    base = results[task.replace(number=BASE)]
+    base = results[task.replace(assignment=UNCHANGED)]
     measured = measure(config, search.space.base_bytes, base, found)
+    interval = measured.perplexity_increase
     return row.replace(
-        perplexity=measured.perplexity,
-        perplexity_increase=measured.perplexity_increase.point,
-        perplexity_increase_lower95=measured.perplexity_increase.lower,
-        perplexity_increase_upper95=measured.perplexity_increase.upper,
+        perplexity=_finite(measured.perplexity),
+        perplexity_increase=_finite(interval.point),
+        perplexity_increase_lower95=_finite(interval.lower),
+        perplexity_increase_upper95=_finite(interval.upper),
         size_bytes=measured.size_bytes,
         size_ratio=measured.size_ratio,
-        latency_ms=found.request_ms,
-        latency_ratio=_ratio(found),
         memory_bytes=found.memory_bytes,
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
 
 
 def _ratio(found: Result) -> float | None:
@@ -177,29 +182,18 @@ def _ratio(found: Result) -> float | None:
     return found.request_ms / found.base_request_ms
 
 
-def _served(end: Finish, candidate: int, results: Results) -> dict[str, float | None]:
-    """Return a candidate's time through Ray Serve, and what was to be expected.
+def _served(end: Finish, assignment: Assignment, results: Results) -> dict[str, float | None]:
+    """Return a model's time through Ray Serve, and what was to be expected.
 
     What Serve adds to the kernels is taken from the unchanged model, served first.
     """
-    base = results.get(Task(stage="serve", number=BASE))
-    found = results.get(Task(stage="serve", number=candidate))
-    if base is None or found is None or base.request_ms is None:
+    base = results.get(Task(stage="serve"))
+    found = results.get(Task(stage="serve", assignment=assignment))
+    if base is None or found is None or base.request_ms is None or found.request_ms is None:
         return {}
     added_ms = base.request_ms - end.forecast.base_ms
-    expected_ms = end.forecast.latency_ms(end.candidates[candidate]) + added_ms
+    expected_ms = end.forecast.latency_ms(assignment) + added_ms
     return {"served_ms": found.request_ms, "predicted_served_ms": expected_ms}
-
-
-def _point(row: TrialRow) -> Point:
-    assert row.perplexity_increase is not None, "a scored row has a quality"
-    assert row.size_ratio is not None, "a scored row has a size"
-    return Point(
-        candidate=row.candidate,
-        perplexity_increase=row.perplexity_increase,
-        size_ratio=row.size_ratio,
-        latency_ratio=row.latency_ratio,
-    )
 
 
 def _nearest(end: Finish) -> Verdict | None:
@@ -208,18 +202,19 @@ def _nearest(end: Finish) -> Verdict | None:
 
 
 def _why(search: Search, end: Finish, rows: Sequence[TrialRow]) -> str:
+    describe = search.space.describe
     if end.winner is not None:
         return (
-            f"{rows[end.winner].summary}: of {len(end.finalists)} finalists, by size, the "
-            f"first to pass the gate on data no rung had seen ({len(end.verdicts)} judged there)"
+            f"{describe(end.winner)}: by size, the first of the finalists to pass the gate on data "
+            f"no rung had seen ({len(end.verdicts)} judged there)"
         )
     nearest = min(end.verdicts, key=lambda each: len(end.verdicts[each].reasons), default=None)
     if nearest is None:
         return "no candidate reached the gate"
     reasons = "; ".join(end.verdicts[nearest].reasons)
     return (
-        f"none of {len(end.finalists)} finalists passed the gate; the nearest was "
-        f"{rows[nearest].summary}: {reasons}{_emptied_by(search, end, rows)}"
+        f"none of {len(end.verdicts)} finalists passed the gate; the nearest was "
+        f"{describe(nearest)}: {reasons}{_emptied_by(search, end, rows)}"
     )
 
 

@@ -1,29 +1,80 @@
 """How candidates are judged: who goes on to the next rung, who is shown to the gate, who passes.
 
-Takes results of the tasks of one rung; gives numbers of candidates. Pure. Losses are compared in
-pairs on the same sequences with the unchanged model's, candidate 0, which runs on every rung.
+Takes results of the tasks of one rung; gives assignments. Pure. Losses are compared in pairs on the
+same sequences with the unchanged model's, which is measured on every rung.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.errors import SearchError
 from jobs.config import SearchConfig
 from jobs.evaluation.gate import Measurement, Verdict, judge
-from jobs.search.forecast import Forecast
+from jobs.search.forecast import Forecast, excesses, limits_of, measured_values, name_of
 from jobs.search.pareto import Point, ranks, shares, spread
 from jobs.search.space import Assignment
-from jobs.search.tasks import BASE, Result, Results, Task
+from jobs.search.tasks import Result, Results, Task
+
+# So many are shown to the gate at most; its bound is widened for as many.
+MOST_FINALISTS = 4
+_OF_GATE = ("max_perplexity_increase", "max_size_ratio", "max_latency_ratio")
+
+Measurements = Mapping[Assignment, Measurement]
 
 
-def measure(config: SearchConfig, base_bytes: int, base: Result, found: Result) -> Measurement:
+@dataclass(frozen=True)
+class Standing:
+    """A rung's candidates as they were measured, and what is known of the space."""
+
+    forecast: Forecast
+    measured: Measurements
+    has_real_methods: bool
+    """Whether weights were changed by the methods that the winner will have."""
+
+    def point(self, assignment: Assignment, number: int = 0) -> Point:
+        """Return objectives: quality and bytes as measured, latency by the kernels' table.
+
+        Measured latencies would differ from run to run, and with them who goes on.
+        """
+        found = self.measured[assignment]
+        return Point(
+            candidate=number,
+            perplexity_increase=found.perplexity_increase.point,
+            size_ratio=found.size_ratio,
+            latency_ratio=self.forecast.latency_ms(assignment) / self.forecast.base_ms,
+        )
+
+    def excesses(self, assignment: Assignment) -> dict[str, float]:
+        """Return which limits a candidate is shown to exceed, by the lower bound of its quality.
+
+        Where plainer methods stood in for those of the winner, quality rules nothing out.
+        """
+        lower = self.measured[assignment].perplexity_increase.lower
+        return self.forecast.excesses(assignment, lower if self.has_real_methods else None)
+
+    def front(self) -> list[Assignment]:
+        """Return what no other candidate dominates, those first that together dominate most."""
+        everyone = list(self.measured)
+        points = [self.point(each) for each in everyone]
+        best = [e for e, rank in zip(everyone, ranks(points), strict=True) if rank == 0]
+        limits = self.forecast.space.config.gate
+        order = spread([shares(self.point(each), limits) for each in best], len(best))
+        first = [best[place] for place in order]
+        return [*first, *(each for each in best if each not in first)]
+
+
+def measure(
+    config: SearchConfig, base_bytes: int, base: Result, found: Result, num_judged: int = 1
+) -> Measurement:
     """Return a candidate's measurement beside the unchanged model, from losses in pairs."""
     return Measurement.from_losses(
         np.asarray(base.losses),
         np.asarray(found.losses),
         config.gate,
+        num_judged=num_judged,
         size_bytes=found.size_bytes,
         base_size_bytes=base_bytes,
         faults=found.faults,
@@ -31,18 +82,16 @@ def measure(config: SearchConfig, base_bytes: int, base: Result, found: Result) 
     )
 
 
-def measurements(
-    forecast: Forecast, rung: int, alive: Sequence[int], results: Results
-) -> dict[int, Measurement]:
-    """Return the measurements of a rung's candidates, but for those that could not be scored.
+def standing_on(
+    forecast: Forecast, rung: int, alive: Sequence[Assignment], results: Results
+) -> Standing:
+    """Return a rung's candidates, but for those that could not be scored.
 
     Raises SearchError if the unchanged model, or every candidate, could not be scored.
     """
     config, base_bytes = forecast.space.config, forecast.space.base_bytes
-    base = results[Task(stage="rung", rung=rung, number=BASE)]
-    if base.error is not None:
-        raise SearchError(f"the unchanged model could not be scored: {base.error}")
-    found = {each: results[Task(stage="rung", rung=rung, number=each)] for each in alive}
+    base = base_result(results, rung)
+    found = {each: results[Task(stage="rung", rung=rung, assignment=each)] for each in alive}
     scored = {
         each: measure(config, base_bytes, base, result)
         for each, result in found.items()
@@ -56,78 +105,75 @@ def measurements(
             f"none of {len(alive)} candidates could be scored on rung {rung}: {why}. "
             "Correct the model or widen `schemes`."
         )
-    return usable
+    is_real = config.rungs[rung].real or forecast.space.has_plain_methods
+    return Standing(forecast, usable, is_real)
 
 
-def promote(
-    forecast: Forecast,
-    candidates: Sequence[Assignment],
-    measured: Mapping[int, Measurement],
-    keep_ratio: float,
-) -> list[int]:
+def base_result(results: Results, rung: int = 0) -> Result:
+    """Return the unchanged model's result on a rung; SearchError if it could not be scored."""
+    base = results[Task(stage="rung", rung=rung)]
+    if base.error is not None:
+        raise SearchError(f"the unchanged model could not be scored: {base.error}")
+    return base
+
+
+def promote(standing: Standing, keep_ratio: float) -> list[Assignment]:
     """Return the candidates that go on, best first: a share of those that were measured.
 
-    Of those that the limits do not rule out (by the lower bound of the perplexity increase: not yet
-    shown to be too large) first those that together dominate most; then by non-dominated rank.
-    Those ruled out follow by how little they exceed the limits. At least one goes on. Latencies are
-    the kernels' table's: measured ones would differ from run to run.
+    Of those that the limits do not rule out first those that together dominate most; then by
+    non-dominated rank. Those ruled out follow by how little they exceed the limits. At least one
+    goes on.
     """
-    points = {each: point_of(forecast, each, candidates[each], measured[each]) for each in measured}
-    kept = max(1, math.ceil(keep_ratio * len(measured)))
-    possible = [
-        each for each in measured if not _excesses(forecast, candidates[each], measured[each])
-    ]
-    limits = forecast.space.config.gate
-    places = spread([shares(points[each], limits) for each in possible], kept)
+    everyone = list(standing.measured)
+    kept = max(1, math.ceil(keep_ratio * len(everyone)))
+    possible = [each for each in everyone if not standing.excesses(each)]
+    limits = standing.forecast.space.config.gate
+    places = spread([shares(standing.point(each), limits) for each in possible], kept)
     first = [possible[place] for place in places]
+    points = [standing.point(each) for each in everyone]
     order = []
-    for point, rank in zip(points.values(), ranks(list(points.values())), strict=True):
-        each = point.candidate
+    for each, point, rank in zip(everyone, points, ranks(points), strict=True):
         if rank is None or each in first:
             continue
-        excess = sum(_excesses(forecast, candidates[each], measured[each]).values())
+        excess = sum(standing.excesses(each).values())
         order.append((excess, rank, point.size_ratio, point.perplexity_increase, each))
     return [*first, *(each for *_, each in sorted(order))][:kept]
 
 
-def point_of(forecast: Forecast, number: int, assignment: Assignment, found: Measurement) -> Point:
-    """Return a candidate's objectives: quality and bytes as measured, latency by the table."""
-    return Point(
-        candidate=number,
-        perplexity_increase=found.perplexity_increase.point,
-        size_ratio=found.size_ratio,
-        latency_ratio=forecast.latency_ms(assignment) / forecast.base_ms,
-    )
-
-
-def finalists(
-    forecast: Forecast, candidates: Sequence[Assignment], measured: Mapping[int, Measurement]
-) -> list[int]:
+def finalists(standing: Standing) -> list[Assignment]:
     """Return the candidates to show to the gate, smallest first, then fastest.
 
-    Bytes come before latency because they are exact: the order is the same on every machine. Where
-    no candidate may keep to the limits it is the nearest alone, for its verdict.
+    Only the smallest few of those whose quality was seen to be within the limit, and after them of
+    those that may be. Bytes come before latency because they are exact: the order is the same on
+    every machine. Where no candidate may keep to the limits it is the nearest alone, for its
+    verdict.
     """
+    limit = standing.forecast.space.config.gate.max_perplexity_increase
 
-    def preference(number: int) -> tuple[float, float, float]:
-        point = point_of(forecast, number, candidates[number], measured[number])
-        return (point.size_ratio, point.latency_ratio or 1.0, point.perplexity_increase)
+    def preference(assignment: Assignment) -> tuple[bool, float, float, Assignment]:
+        point = standing.point(assignment)
+        is_doubtful = standing.measured[assignment].perplexity_increase.upper > limit
+        return (is_doubtful, point.size_ratio, point.latency_ratio or 1.0, assignment)
 
-    possible = [
-        each for each in measured if not _excesses(forecast, candidates[each], measured[each])
-    ]
+    possible = [each for each in standing.measured if not standing.excesses(each)]
     if possible:
-        return sorted(possible, key=preference)
-    return promote(forecast, candidates, measured, keep_ratio=1e-9)
+        return sorted(possible, key=preference)[:MOST_FINALISTS]
+    return promote(standing, keep_ratio=1e-9)
 
 
-def verdict_of(config: SearchConfig, base_bytes: int, base: Result, result: Result) -> Verdict:
-    """Return the gate's verdict on a candidate."""
-    if result.error is not None:
-        return Verdict(passed=False, reasons=(f"could not be measured: {result.error}",))
-    return judge(measure(config, base_bytes, base, result), config.gate)
-
-
-def _excesses(forecast: Forecast, assignment: Assignment, found: Measurement) -> dict[str, float]:
-    """Return which limits a candidate is shown to exceed."""
-    return forecast.excesses(assignment, found.perplexity_increase.lower)
+def verdict_of(
+    forecast: Forecast, base: Result, found: Result, request: Result, num_judged: int
+) -> Verdict:
+    """Return the gate's verdict on a candidate, and the search's own limits' on its request."""
+    if found.error is not None:
+        return Verdict(passed=False, reasons=(f"could not be measured: {found.error}",))
+    space = forecast.space
+    measured = measure(space.config, space.base_bytes, base, found, num_judged)
+    verdict = judge(measured, space.config.gate)
+    limits = {name: limit for name, limit in limits_of(space).items() if name not in _OF_GATE}
+    values = measured_values(space, found, request)
+    broken = tuple(
+        f"{name_of(name)}: {values[name]:,.4g}, the limit {limits[name]:,.4g}"
+        for name in excesses(values, limits)
+    )
+    return verdict.replace(passed=verdict.passed and not broken, reasons=verdict.reasons + broken)

@@ -8,7 +8,7 @@ applications are named as data.
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,14 +31,15 @@ from jobs.config import DeployConfig
 from jobs.data.tokens import open_split
 from jobs.deploy import Api, apply, wait_until_running
 from jobs.evaluation.parity import Endpoint
-from jobs.search.plan import Search
+from jobs.search.plan import NUM_PROMPTS, Search
 from jobs.search.space import Assignment
 from jobs.search.tasks import Result, Task
 from jobs.takeover import endpoint
 
 _WARM_UPS = 3
 _REQUESTS = 15
-_ASKED_AT_MOST = 4 * _REQUESTS
+_LEAST_REQUESTS = 5
+_SPARE = 3
 _KEY_LIFETIME_S = 900.0
 
 
@@ -52,13 +53,22 @@ def check_can_serve() -> None:
         ) from None
 
 
-def time_served(search: Search, candidates: Sequence[Assignment], task: Task) -> Result:
+def stop_leftovers(search: Search) -> None:
+    """Stop what an attempt that was killed may have left running."""
+    api = serve_api()
+    running = running_apps(api.details())
+    mine = [name for name in running if name in _names(search)]
+    if mine:
+        apply(api, {name: app for name, app in running.items() if name not in mine})
+
+
+def time_served(search: Search, task: Task) -> Result:
     """Return the median milliseconds of requests to a candidate, as they are answered over HTTP.
 
     Raises ClusterError if the model does not come up, EngineError if it does not answer.
     """
     began = time.perf_counter()
-    directory = _directory(search, candidates, task.number)
+    directory = _directory(search, task.assignment)
     with _offered(search, directory, serve_api()) as served:
         times_ms = list(_request_times_ms(search, served))
     return Result(request_ms=statistics.median(times_ms), seconds=time.perf_counter() - began)
@@ -68,10 +78,11 @@ def time_served(search: Search, candidates: Sequence[Assignment], task: Task) ->
 def _offered(search: Search, directory: Path, api: Api) -> Iterator[Endpoint]:
     """Run a model directory and a gateway before it, beside what runs; at last stop both."""
     config = search.config
-    gateway, reference = f"search--{config.name}", f"search-{config.name}@0"
-    name, _, version = reference.partition("@")
+    engine_app_name, gateway = _names(search)
+    name, version = f"search-{config.name}", "0"
+    reference = f"{name}@{version}"
     engine: App = {
-        "name": engine_name(name, version),
+        "name": engine_app_name,
         "route_prefix": None,
         "import_path": ENGINE_IMPORT,
         "args": {
@@ -80,6 +91,8 @@ def _offered(search: Search, directory: Path, api: Api) -> Iterator[Endpoint]:
             "directory": str(directory),
             "cpus_per_replica": config.cpus_per_trial,
             "drain_s": 1.0,
+            # Every request pays for its whole prompt, also where it begins as another did.
+            "engine_options": {"enable_prefix_cache": False},
         },
     }
     deployment = DeployConfig(
@@ -121,7 +134,7 @@ def _request_times_ms(search: Search, served: Endpoint) -> Iterator[float]:
     workload = search.config.workload
     split = open_split(search.data, "validation", verify=False)
     prompts = split.sample(
-        min(_ASKED_AT_MOST, split.num_sequences(workload.prompt_tokens)),
+        min(_SPARE * NUM_PROMPTS, split.num_sequences(workload.prompt_tokens)),
         workload.prompt_tokens,
         search.config.seed,
     )[:, :-1]
@@ -150,18 +163,25 @@ def _request_times_ms(search: Search, served: Endpoint) -> Iterator[float]:
                 yield took_ms
             if whole >= _WARM_UPS + _REQUESTS:
                 return
-    if whole <= _WARM_UPS:
+    if whole < _WARM_UPS + _LEAST_REQUESTS:
         raise EngineError(
             f"{served.model} ended {len(prompts) - whole} of {len(prompts)} answers before "
             f"workload.output_tokens={workload.output_tokens}. Lower it."
         )
 
 
-def _directory(search: Search, candidates: Sequence[Assignment], number: int) -> Path:
-    """Return a candidate's model directory with the tokenizer that an engine needs."""
-    if not candidates[number]:
+def _names(search: Search) -> tuple[str, str]:
+    """Return the names of the engine's and of the gateway's application."""
+    name = search.config.name
+    return engine_name(f"search-{name}", "0"), f"search--{name}"
+
+
+def _directory(search: Search, assignment: Assignment) -> Path:
+    """Return a model's directory with the tokenizer that an engine needs."""
+    if not assignment:
         return search.model
-    packed, target = search.packed(number), search.run_dir / "served" / f"{number:03d}"
+    packed = search.packed(assignment)
+    target = search.run_dir / "served" / packed.name
     manifest = {"kind": "model", "parent_digest": read_manifest(packed)["self_sha256"]}
     if target.is_dir() and read_manifest(target).get("parent_digest") == manifest["parent_digest"]:
         return target

@@ -132,6 +132,14 @@ class Space:
         kv_cache = self.config.kv_cache if assignment else "auto"
         return Recipe(steps=tuple(steps), kv_cache=kv_cache)
 
+    @property
+    def has_plain_methods(self) -> bool:
+        """Whether recipes that are real are those that need no text, too."""
+        config = self.config
+        prunes = any(config.sparsities)
+        is_plain = config.pruning == "magnitude" and not config.repair_tokens
+        return config.quantizer == "rtn" and (is_plain or not prunes)
+
     def alone(self, group: int, choice: int) -> Recipe:
         """Return the recipe that makes one choice for one group, by plain methods."""
         made, targets = self.choices[choice], self.groups[group].targets

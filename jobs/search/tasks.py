@@ -6,19 +6,26 @@ from typing import Literal
 from cluster.config import StrictModel
 from jobs.evaluation.gate import Checks
 from jobs.evaluation.kernel_times import KernelTimes
+from jobs.search.space import UNCHANGED, Assignment
 
-# In this order: times of the kernels, each choice alone, rungs, the gate, and Ray Serve.
-Stage = Literal["times", "probe", "rung", "gate", "serve"]
-
-BASE = 0  # The candidate that is the unchanged model.
+# In this order: times of the kernels, each choice alone, rungs, requests of what is left, the gate,
+# and Ray Serve.
+Stage = Literal["times", "probe", "rung", "request", "gate", "serve"]
+# While one of these runs no other task does: it measures time.
+ALONE: tuple[Stage, ...] = ("times", "request", "gate")
 
 
 class Task(StrictModel):
-    """Measure one thing: a candidate on a rung, at the gate or served, or a group's choices."""
+    """Measure one thing: a model on a rung, its requests, at the gate or served, or one group.
+
+    A model is named by what is done to it, never by a number: whatever order candidates come in,
+    a result belongs to what was measured.
+    """
 
     stage: Stage
-    number: int = 0
-    """A candidate; at the stage `probe` a group of layers."""
+    assignment: Assignment = UNCHANGED
+    group: int | None = None
+    """At the stage `probe`: the group of layers whose choices are measured."""
     rung: int = 0
 
 

@@ -19,7 +19,7 @@ from cluster.storage import read_manifest, staged_directory
 from jobs.compression.packing import LoadedModel, load_model, save_compressed
 from jobs.compression.recipe import Compressed, apply_recipe, needs_text, predicted_bytes
 from jobs.compression.text import open_text, read_text
-from jobs.config import CalibrationConfig, GateConfig, Recipe, Workload
+from jobs.config import CalibrationConfig, GateConfig, KvCache, Recipe, Workload
 from jobs.data.tokens import Split, open_split
 from jobs.evaluation.compare import check, find_faults, time_beside, weight_file_bytes
 from jobs.evaluation.kernel_times import kernel_times
@@ -31,7 +31,7 @@ from jobs.models.decoder import Decoder
 from jobs.search.probe import divergences
 from jobs.search.tasks import Result, Stage
 
-_REPEATS = 7
+_REPEATS = 8  # As many forwards as backwards.
 
 
 class Format(StrictModel):
@@ -63,11 +63,11 @@ class TrialSpec(StrictModel):
     split: Split = "validation"
     num_sequences: int = 1
     packed: Path | None = None
-    times_request: bool = False
     gate: GateConfig | None = None
     """At the stage `gate`: what is judged there is measured."""
     formats: tuple[Format, ...] = ()
-    """At the stage `times`."""
+    kv_cache: KvCache = "auto"
+    """At the stage `times`: what is timed."""
     alone: tuple[Recipe, ...] = ()
     """At the stage `probe`: what is done to one group, whose first block is `first_block`."""
     first_block: int = 0
@@ -90,11 +90,13 @@ def _run(spec: TrialSpec) -> Result:
     if spec.stage == "times":
         shape = _hf.from_hf_config(_hf.read_config(spec.model))
         layouts = [each.layout() for each in spec.formats]
-        return Result(times=kernel_times(spec.model, shape, layouts, spec.workload))
+        return Result(times=kernel_times(spec.model, shape, layouts, spec.workload, spec.kv_cache))
     if spec.stage == "probe":
         tokens_BT = torch.from_numpy(_sequences(spec)[:, :-1].copy())
         dense = decoder.load(spec.model)
         return Result(divergences=divergences(dense, spec.alone, spec.first_block, tokens_BT))
+    if spec.stage == "request":
+        return _time_requests(spec)
     return _score_packed(spec) if spec.packed is not None else _score_rounded(spec)
 
 
@@ -119,11 +121,15 @@ def _score_packed(spec: TrialSpec) -> Result:
     result = Result(
         losses=tuple(losses.tolist()), size_bytes=size_bytes, memory_bytes=loaded.weight_bytes
     )
-    if not spec.times_request:
+    if spec.gate is None:
         return result
-    base = load_model(spec.model, verify=False)
-    if spec.gate is not None:
-        return result.replace(**_checked(spec, spec.gate, loaded, base))
+    return result.replace(**_checked(spec, spec.gate, loaded))
+
+
+def _time_requests(spec: TrialSpec) -> Result:
+    """Time requests of a model that an earlier task has written, beside the unchanged one."""
+    assert spec.packed is not None, "what is timed is what was written"
+    loaded, base = load_model(spec.packed), load_model(spec.model, verify=False)
     request_ms, base_request_ms = request_times(
         [loaded.model, base.model],
         prompt_tokens=spec.workload.prompt_tokens,
@@ -131,17 +137,16 @@ def _score_packed(spec: TrialSpec) -> Result:
         repeats=_REPEATS,
         kv_caches=[loaded.kv_cache, base.kv_cache],
     )
-    return result.replace(
+    return Result(
         request_ms=statistics.median(request_ms),
         base_request_ms=statistics.median(base_request_ms),
     )
 
 
-def _checked(
-    spec: TrialSpec, limits: GateConfig, loaded: LoadedModel, base: LoadedModel
-) -> dict[str, Any]:
+def _checked(spec: TrialSpec, limits: GateConfig, loaded: LoadedModel) -> dict[str, Any]:
     """Return what the gate judges beside losses and size."""
     assert spec.packed is not None, "the gate judges what is written"
+    base = load_model(spec.model, verify=False)
     sequences = _sequences(spec)
     return {
         "checks": check(loaded, base, time_beside(loaded, base), sequences, limits),

@@ -1,8 +1,8 @@
 """Carry out a search's tasks with Ray Tune.
 
-Takes a prepared search and its journal; runs tasks until `rungs.decide` says it is over. It decides
-nothing: our searcher hands Tune the wanted tasks one by one and writes down what comes back. Tune's
-own checkpoints are not used, because the journal is enough to go on from.
+Takes a prepared search and its journal; runs tasks until `course.decide` says it is over. It
+decides nothing: our searcher hands Tune the wanted tasks one by one and writes down what comes
+back. Tune's own checkpoints are not used, because the journal is enough to go on from.
 """
 
 import contextlib

@@ -6,20 +6,19 @@ Layout: config.yaml, data/, checkpoints/, model/, tensorboard/, metrics.jsonl, p
 summary.json, ray/.
 """
 
-import fcntl
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cluster import locks
 from cluster.config import load_config
 from cluster.errors import ConfigError, TrainingError
-from cluster.storage import check_name, resolve_output, storage_errors, write_atomic
+from cluster.storage import check_name, resolve_output, write_atomic
 from jobs.config import TrainConfig
 
 CONFIG_FILE = "config.yaml"
@@ -94,39 +93,11 @@ def remove_unfinished(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-@contextmanager
 def exclusive(
     path: Path, *, timeout_s: float, clock: Callable[[], float] = time.monotonic
-) -> Iterator[None]:
-    """Hold a lock file that the system frees when this process ends, however it ends.
-
-    Raises TrainingError if another process holds it for `timeout_s`.
-    """
-    with storage_errors(f"locking {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    with file:
-        deadline = clock() + timeout_s
-        while not _try_lock(file.fileno()):
-            if clock() >= deadline:
-                file.seek(0)
-                raise TrainingError(
-                    f"another process ({file.read().strip() or 'unknown'}) is training in "
-                    f"{path.parent}. Wait for it, end it, or choose another `name`."
-                )
-            time.sleep(0.1)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
-        yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+) -> AbstractContextManager[None]:
+    """Return a lock file to hold; entering it raises TrainingError if another process does."""
+    return locks.exclusive(path, "training", TrainingError, timeout_s=timeout_s, clock=clock)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

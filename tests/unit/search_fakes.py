@@ -6,12 +6,13 @@ import numpy as np
 
 from jobs.config import DecoderConfig, GateConfig, Rung, SearchConfig, Workload
 from jobs.evaluation.gate import Checks
+from jobs.evaluation.intervals import Interval
 from jobs.evaluation.kernel_times import PRODUCTS, KernelTimes, spell
 from jobs.search.course import Finish, Wanted, decide
 from jobs.search.forecast import Forecast
 from jobs.search.predictor import Predictor
-from jobs.search.space import Assignment, Space, build_space, layout_of
-from jobs.search.tasks import BASE, Result, Task
+from jobs.search.space import Space, build_space, layout_of
+from jobs.search.tasks import Result, Task
 
 DECODER = DecoderConfig(
     vocab_size=256,
@@ -56,6 +57,8 @@ def times(of: Space) -> KernelTimes:
             for scheme, layout in layouts.items()
         },
         rest_ms=4.0,
+        base_ms=4.0 + blocks * products * PRODUCT_MS["bf16"],
+        seconds=1.0,
         uniform_ms={
             spell(layout): 4.0 + blocks * products * PRODUCT_MS[scheme]
             for scheme, layout in layouts.items()
@@ -73,21 +76,29 @@ def forecast(of: Space) -> Forecast:
     return Forecast.of(of, times(of), Predictor(alone(of)))
 
 
-def answer(of: Space, task: Task, candidates: Sequence[Assignment]) -> Result:
+def answer(of: Space, task: Task) -> Result:
     """Return what a worker would: rises of the loss are sums, times those of the table."""
     if task.stage == "times":
         return Result(times=times(of))
     if task.stage == "probe":
-        return Result(divergences=tuple(alone(of)[task.number]))
+        assert task.group is not None
+        return Result(divergences=tuple(alone(of)[task.group]))
     known = forecast(of)
-    assignment = candidates[task.number]
+    assignment = task.assignment
     request_ms = known.latency_ms(assignment)
+    if task.stage in ("request", "serve"):
+        added_ms = 5.0 if task.stage == "serve" else 0.0
+        return Result(request_ms=request_ms + added_ms, base_request_ms=known.base_ms)
+    checks = Checks(
+        latency_ms=request_ms / 32,
+        base_latency_ms=known.base_ms / 32,
+        latency_change=Interval(point=0.9, lower=0.8, upper=1.0),
+    )
     return Result(
         losses=tuple(loss + known.predictor.rise(assignment) for loss in LOSSES),
         size_bytes=of.size_bytes(assignment),
-        checks=Checks(latency_ms=request_ms / 32, base_latency_ms=known.base_ms / 32),
-        request_ms=request_ms + (5.0 if task.stage == "serve" else 0.0),
-        base_request_ms=known.base_ms,
+        memory_bytes=of.memory_bytes(assignment),
+        checks=checks if task.stage == "gate" and assignment else Checks(),
     )
 
 
@@ -102,7 +113,7 @@ def play(
         assert wanted.tasks, "nothing is wanted and there is no end"
         waves.append(wanted)
         for task in wanted.tasks:
-            done[task] = change(task, answer(of, task, wanted.candidates))
+            done[task] = change(task, answer(of, task))
     return wanted, waves, done
 
 
@@ -110,4 +121,4 @@ def stages(waves: Sequence[Wanted]) -> list[tuple[str, int]]:
     return [(wave.tasks[0].stage, wave.tasks[0].rung) for wave in waves]
 
 
-__all__ = ["BASE", "DECODER", "answer", "config", "forecast", "play", "space", "stages", "times"]
+__all__ = ["DECODER", "answer", "config", "forecast", "play", "space", "stages", "times"]

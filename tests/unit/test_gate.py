@@ -17,6 +17,7 @@ GOOD = Measurement(
     base_size_bytes=1000,
     latency_ms=8.0,
     base_latency_ms=10.0,
+    latency_change=Interval(point=0.8, lower=0.78, upper=0.82),
 )
 LIMITS = GateConfig()
 
@@ -26,6 +27,27 @@ def test_judge_when_all_within_limits_passes_without_reasons() -> None:
     assert verdict.passed
     assert verdict.reasons == ()
     assert verdict.numbers["size_ratio"] == pytest.approx(0.4)
+
+
+def test_judge_when_speed_was_not_measured_refuses_unless_it_is_not_asked_for() -> None:
+    blind = GOOD.replace(latency_change=None)
+    assert "require_faster" in judge(blind, LIMITS).reasons[0]
+    assert judge(blind, GateConfig(require_faster=False)).passed
+
+
+def test_measurement_when_several_are_judged_has_wider_bounds() -> None:
+    generator = np.random.default_rng(0)
+    base = generator.normal(3.0, 0.5, 128)
+    found = base + generator.normal(0.01, 0.05, 128)
+    sizes = {"size_bytes": 400, "base_size_bytes": 1000, "latency_change": GOOD.latency_change}
+    one, four = (
+        Measurement.from_losses(base, found, LIMITS, num_judged=number, **sizes)
+        for number in (1, 4)
+    )
+    assert four.perplexity_increase.upper > one.perplexity_increase.upper
+    assert four.perplexity_increase.point == one.perplexity_increase.point
+    tight = GateConfig(max_perplexity_increase=0.001, require_faster=False)
+    assert "for 4 models at once" in judge(four, tight).reasons[0]
 
 
 def test_judge_when_point_is_good_but_upper_bound_is_not_refuses() -> None:
@@ -104,7 +126,7 @@ def test_judge_when_a_part_is_broken_refuses_and_names_the_first_ones() -> None:
 def test_judge_when_given_bad_and_equal_models_errs_on_none() -> None:
     generator = np.random.default_rng(0)
     base = generator.normal(4.0, 0.5, size=128)
-    sizes = {"size_bytes": 400, "base_size_bytes": 1000}
+    sizes = {"size_bytes": 400, "base_size_bytes": 1000, "latency_change": GOOD.latency_change}
     for _ in range(20):
         worse = base + np.log1p(3 * LIMITS.max_perplexity_increase) + generator.normal(0, 0.05, 128)
         bad = Measurement.from_losses(base, worse, LIMITS, **sizes)

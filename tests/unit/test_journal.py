@@ -4,9 +4,9 @@ import pytest
 
 from cluster.errors import ConfigError, IntegrityError
 from jobs.search.journal import Journal
-from jobs.search.rungs import Result, Task
+from jobs.search.tasks import Result, Task
 
-TASK = Task(rung=0, candidate=3)
+TASK = Task(stage="rung", assignment=(1, 0, 2))
 RESULT = Result(losses=(1.25, 0.1), size_bytes=7, seconds=0.5)
 
 
@@ -23,12 +23,12 @@ def test_journal_when_opened_again_has_every_result(path: Path) -> None:
 def test_journal_when_the_last_line_is_cut_off_drops_it_and_goes_on(path: Path) -> None:
     journal = Journal(path, "f")
     journal.record(TASK, RESULT)
-    journal.record(Task(rung=1, candidate=3), RESULT)
+    journal.record(TASK.replace(rung=1), RESULT)
     path.write_bytes(path.read_bytes()[:-20])
     again = Journal(path, "f")
     assert list(again.results) == [TASK]
-    again.record(Task(rung=2, candidate=3), RESULT)
-    assert list(Journal(path, "f").results) == [TASK, Task(rung=2, candidate=3)]
+    again.record(TASK.replace(rung=2), RESULT)
+    assert list(Journal(path, "f").results) == [TASK, TASK.replace(rung=2)]
 
 
 def test_journal_when_a_byte_is_damaged_is_refused(path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from search_fakes import BASE, answer, config, space
+from search_fakes import answer, config, space
 
 from cluster.errors import ConfigError, SearchError, StorageError
 from jobs.config import SearchLimits
@@ -16,8 +16,8 @@ from jobs.search.space import UNCHANGED, Space
 from jobs.search.tasks import Result, Task
 from jobs.search.trial import TrialSpec
 
-# Kernels, 4 groups alone, a base and 8 candidates, a base and 4, a base and a finalist.
-NUM_TASKS = 1 + 4 + 9 + 5 + 2
+# Kernels, 4 groups alone, a base and 8 candidates, a base and 4, 4 requests, a base and a finalist.
+NUM_TASKS = 1 + 4 + 9 + 5 + 4 + 2
 
 
 class _FakeWorkers:
@@ -44,7 +44,7 @@ class _FakeWorkers:
 
     def answer(self, key: str) -> dict[str, str]:
         task = self.queue.running[key]
-        found = answer(self.search.space, task, self.queue.candidates)
+        found = answer(self.search.space, task)
         return {"result": json.dumps(found.model_dump(mode="json"))}
 
     def run(self, limit: int = 100) -> int:
@@ -99,6 +99,14 @@ def test_queue_when_asked_for_more_than_allowed_gives_none(workers: _FakeWorkers
     assert [spec and spec.stage for spec in found] == ["probe", "probe", None]
 
 
+def test_queue_when_time_is_measured_runs_one_task_at_a_time(workers: _FakeWorkers) -> None:
+    workers.run(limit=NUM_TASKS - 6)
+    first = workers.queue.take("a")
+    assert first is not None
+    assert first.stage == "request"
+    assert workers.queue.take("b") is None
+
+
 @pytest.mark.parametrize("num_before", range(NUM_TASKS))
 def test_queue_when_cut_off_anywhere_goes_on_without_repeating(
     workers: _FakeWorkers, tmp_path: Path, num_before: int
@@ -118,7 +126,7 @@ def test_queue_when_a_worker_died_counts_it_against_its_candidate(workers: _Fake
     workers.queue.give("one", None)
     assert "died" in workers.lines[-1]
     # Another run tries it again.
-    assert Task(stage="rung", number=1) not in workers.results()
+    assert len(workers.results()) == 5
 
 
 def test_queue_when_a_trial_met_a_full_disk_ends_with_that_error(workers: _FakeWorkers) -> None:
@@ -167,24 +175,32 @@ def test_queue_when_only_serving_is_left_leaves_it_to_the_driver(tmp_path: Path)
 def test_spec_when_the_stage_is_the_gate_reads_the_test_split_with_real_kernels(
     workers: _FakeWorkers,
 ) -> None:
-    candidates = [UNCHANGED, workers.search.space.uniform(1)]
+    uniform = workers.search.space.uniform(1)
 
     def spec(**changes: object) -> TrialSpec:
-        task = Task.model_validate({"stage": "rung", "number": 1, **changes})
-        return workers.search.spec(task, candidates)
+        task = Task.model_validate({"stage": "rung", "assignment": uniform, **changes})
+        return workers.search.spec(task)
 
-    rounded, real, gate = spec(), spec(rung=1), spec(stage="gate")
+    rounded, real, gate, request = (
+        spec(),
+        spec(rung=1),
+        spec(stage="gate"),
+        spec(stage="request"),
+    )
+    folder = workers.search.packed(uniform)
     assert (rounded.split, rounded.packed) == ("validation", None)
-    assert (real.split, real.packed) == ("validation", workers.search.packed(1))
-    assert (gate.split, gate.packed) == ("test", workers.search.packed(1))
-    assert (rounded.times_request, real.times_request) == (False, True)
-    assert not spec(number=BASE, rung=1).times_request
+    assert (real.split, real.packed) == ("validation", folder)
+    assert (gate.split, gate.packed) == ("test", folder)
+    assert request.packed == folder
+    assert gate.gate == workers.search.config.gate
+    assert spec(stage="gate", assignment=UNCHANGED).gate is None
+    assert folder != workers.search.packed(workers.search.space.uniform(0))
 
 
 def test_spec_when_choices_are_measured_alone_starts_at_their_block(
     workers: _FakeWorkers,
 ) -> None:
-    spec = workers.search.spec(Task(stage="probe", number=2), [])
+    spec = workers.search.spec(Task(stage="probe", group=2))
     assert spec.first_block == 2
     assert len(spec.alone) == len(workers.search.space.choices)
     assert config().probe_sequences == spec.num_sequences
