@@ -15,16 +15,18 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import write_random_data
 
+from cluster.config import load_config
 from cluster.session import HeadConfig, Session, start_head, stop_head
 from cluster.storage import read_manifest, staged_directory, verify_directory
 from jobs.compression.packing import load_model
-from jobs.config import DecoderConfig, PublishConfig
+from jobs.config import DecoderConfig, PublishConfig, SearchConfig
 from jobs.data.tokenizer import copy_tokenizer, train_tokenizer
 from jobs.evaluation.gate import require_passed
 from jobs.models.decoder import build, save
 from jobs.publish import publish
 from jobs.registry import Registry
 from jobs.search.journal import Journal
+from jobs.search.space import build_space
 
 pytestmark = pytest.mark.ray
 
@@ -182,23 +184,17 @@ def test_search_when_no_model_can_keep_to_the_limits_exits_2_and_names_the_neare
 def test_search_when_the_gate_refuses_all_exits_1_and_leaves_the_trials(
     home: Path, session: Session
 ) -> None:
-    gate = {
-        "eval_sequences": 16,
-        "bootstrap_samples": 200,
-        "max_size_ratio": 0.9,
-        "max_perplexity_increase": 1e-9,
-    }
-    config = _write_config(
-        home,
-        "refused",
-        gate=gate,
-        schemes=["w3a16"],
-        rungs=[{"eval_sequences": 8, "real": True}],
-    )
+    changes = {"schemes": ["w3a16"], "rungs": [{"eval_sequences": 8, "real": True}]}
+    config = _write_config(home, "refused", **changes)
+    space = build_space(load_config(SearchConfig, config), DECODER)
+    # Between what tensors take and what the file takes, which also has a header.
+    ratio = space.size_bytes(space.uniform(0)) / space.base_bytes + 0.001
+    gate = {"eval_sequences": 16, "bootstrap_samples": 200, "max_size_ratio": ratio}
+    config = _write_config(home, "refused", **changes, gate=gate)
     driver = _start(session, config)
     _, err = driver.communicate(timeout=120)
     assert driver.returncode == 1
-    assert "the nearest was w3a16 all" in err
+    assert "the nearest was w3a16 all: the size is" in err
     document = json.loads((home / "runs" / "refused" / "search.json").read_text())
     assert document["winner"] is None
     assert not document["verdict"]["passed"]
