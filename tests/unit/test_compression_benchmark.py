@@ -114,6 +114,34 @@ def test_eight_bits_when_measured_reports_increases_with_bounds(trials: list[Tri
     assert {"int8_weight.upper", "w8a8.upper", "w8a8_smoothquant.upper"} < {c.name for c in claims}
 
 
+def test_eight_bits_when_activations_stay_floats_says_that_the_format_is_simulated(
+    trials: list[Trial],
+) -> None:
+    section, _ = quality.eight_bits(trials[:1])
+    assert section["int8_weight"]["simulated"] is True
+    assert "simulated" not in section["w8a8"]
+    found = quality.contenders(trials[:1])
+    assert [name for name, each in found.items() if each["simulated"]] == ["int8_weight"]
+
+
+@pytest.mark.parametrize(
+    ("gap", "noise", "is_met"),
+    [(0.0, 0.0, True), (-0.001, 0.001, True), (0.0, 0.05, False), (0.002, 0.0, False)],
+)
+def test_no_worse_when_the_text_does_not_show_it_is_missed(
+    gap: float, noise: float, *, is_met: bool
+) -> None:
+    losses = losses_of(good=2.0, other=2.0)
+    losses = {**losses, "other": losses["other"] + gap + zero_mean(noise)}
+    claim = quality._not_worse("x", estimate([losses], increase("other", "good")))
+    assert claim.document()["is_met"] is is_met
+
+
+def zero_mean(noise: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+    drawn = np.random.default_rng(2).normal(0, noise, size=400)
+    return drawn - drawn.mean()
+
+
 def test_few_bits_when_measured_is_the_share_of_naive_damage(trials: list[Trial]) -> None:
     section, claims = quality.few_bits(trials[:1])
     worst, found, best = (
@@ -131,6 +159,7 @@ def test_few_bits_when_measured_is_the_share_of_naive_damage(trials: list[Trial]
 def test_pruning_when_measured_compares_methods_with_magnitude(trials: list[Trial]) -> None:
     section, claims = quality.pruning(trials[:1])
     assert section["pruning"].keys() == {"unstructured", "2:4"}
+    assert section["pruning_groups"]["unstructured"]["magnitude"].startswith("those of an output row")
     for found in section["pruning"].values():
         assert found.keys() == {"wanda", "sparsegpt", "sparsegpt_versus_wanda"}
     assert len(claims) == 6
