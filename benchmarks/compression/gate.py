@@ -4,7 +4,8 @@ Takes trials; gives how many bad recipes it accepts and how many equal models it
 is known to be bad if the lower 95% bound of its increase on the whole test split is at least three
 times the limit; quality alone is on trial then, with the bytes of the W8A8 form. Equal models are
 copies (see copies.py), judged by all that the gate judges. Each case is judged on a draw of its
-own; a recipe that is judged twice, on different ones.
+own; a recipe that is judged twice, on different ones. No share of the bytes is a limit here, only
+that they are fewer: much of a small model is its embedding, which no recipe touches.
 """
 
 from collections.abc import Sequence
