@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._report import document_of, run_sections, say_on_stderr
-from benchmarks.compression import plots, quality
+from benchmarks.compression import gate, plots, quality
 from benchmarks.compression.sections import SECTIONS, Bench
+from cluster.errors import ConfigError
 
 _CLAIM = "Compression: quality with intervals, size and speed"
 
@@ -28,6 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = document_of(_CLAIM, "compression", given)
     folder = arguments.plots or arguments.json.parent
     claims: dict[str, Any] = {}
+    names = arguments.only or list(SECTIONS)
+    if "gate" in names and arguments.sequences is not None:
+        try:
+            gate.check_enough(arguments.sequences)
+        except ConfigError as error:  # Before an hour of the other sections.
+            say_on_stderr()(f"error: {error.message}")
+            return error.exit_code
     with tempfile.TemporaryDirectory(prefix="raysmith-bench-") as work:
         bench = Bench(
             arguments.seeds,
@@ -40,14 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def measure(name: str) -> dict[str, Any]:
             section, found = SECTIONS[name](bench)
-            claims.update({claim.name: claim.document() for claim in found})
-            section = {**section, "claims": claims}
+            facts, of_facts = bench.facts()
+            claims.update({claim.name: claim.document() for claim in (*of_facts, *found)})
+            section = {**facts, **section, "claims": claims}
             if bench.has_trials:
                 section["contenders"] = quality.contenders(bench.trials)
                 plots.draw(section["contenders"], folder / "compression.png")
             return section
 
-        exit_code = run_sections(document, arguments.json, arguments.only or SECTIONS, measure)
+        exit_code = run_sections(document, arguments.json, names, measure)
     _print_claims(claims)
     return exit_code
 

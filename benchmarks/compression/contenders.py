@@ -23,12 +23,14 @@ _PRUNING = ("magnitude", "wanda", "sparsegpt")
 class Contender:
     """A recipe; `is_served`: computed by the operators that serve it, from its files.
 
-    Else its weights are, in the dense model: that is the whole effect of formats that leave
-    activations alone, at less time.
+    Else its weights are, in the dense model, as its files would hold them: what is not quantized
+    rounded to bfloat16. That is the whole effect of formats that leave activations alone.
+    `is_simulated`: no directory holds such a model.
     """
 
     recipe: Recipe
     is_served: bool = False
+    is_simulated: bool = False
 
 
 def recipe_of(*steps: tuple[str, dict[str, Any]]) -> Recipe:
@@ -59,7 +61,7 @@ def _pruned(name: str) -> dict[str, Contender]:
 
 CONTENDERS: dict[str, Contender] = {
     DENSE: Contender(Recipe()),
-    "int8_weight": Contender(W8A8),
+    "int8_weight": Contender(W8A8, is_simulated=True),
     "w8a8": Contender(W8A8, is_served=True),
     "w8a8_smoothquant": Contender(
         recipe_of(("smoothquant", {}), ("rtn", {"scheme": "w8a8"})), is_served=True

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.compression.estimates import Claim, at_least, at_most
 from benchmarks.serving.models import BENCH, run_in
 from cluster.errors import ConfigError
 from jobs.compression.packing import copy_companions, load_model, save_compressed
@@ -36,6 +37,7 @@ Logits = NDArray[np.float32]
 _HAS_TRANSFORMERS = "llmcompressor"  # Its environment holds compressed-tensors, too.
 _NUM_PROMPT, _NUM_ANSWER = 32, 16
 _BF16_LIMIT = 0.01
+LEAST_ENGINE_AGREEMENT = 0.98  # One of 64 choices may be a tie, which the order of sums decides.
 _FORMATS: tuple[Scheme, ...] = ("bf16", "w8a8", "w4a16")
 
 
@@ -51,13 +53,17 @@ class Difference:
     same_choice: float
     of_rounding: float
 
-    def is_within_rounding(self, scheme: str) -> bool:
-        """Whether libraries differ by no more than bfloat16 sums do, or rounding of activations.
+    def limit(self, scheme: str) -> float:
+        """Return how far libraries may differ: as bfloat16 sums do, or rounding of activations.
 
         Libraries choose the scale of a token's 8-bit activations a little differently, and then
         each rounds by as much as the format itself costs.
         """
-        return self.root_mean_square <= max(_BF16_LIMIT, self.of_rounding * (scheme == "w8a8"))
+        return max(_BF16_LIMIT, self.of_rounding * (scheme == "w8a8"))
+
+    def is_within_rounding(self, scheme: str) -> bool:
+        """Whether libraries differ by no more than that."""
+        return self.root_mean_square <= self.limit(scheme)
 
 
 def measure_interop(
@@ -90,6 +96,25 @@ def measure_interop(
             for name, path in formats.items()
         }
     return report
+
+
+def interop_claims(report: Mapping[str, Any]) -> list[Claim]:
+    """Return the claims of `measure_interop`'s report, but for what this CPU does not support."""
+    claims = []
+    for part, directories in report.items():
+        for name, found in directories.items():
+            place = f"{part}.{name}"
+            if found.get("not_supported_on_this_cpu"):
+                continue
+            claims.append(at_least(f"{place}.loads", float("refused" not in found), 1.0))
+            if "refused" in found:
+                continue
+            distance = found["root_mean_square"]
+            claims.append(at_most(f"{place}.root_mean_square", distance, found["limit"]))
+            if "engine_agrees" in found:
+                agrees = found["engine_agrees"]
+                claims.append(at_least(f"{place}.engine_agrees", agrees, LEAST_ENGINE_AGREEMENT))
+    return claims
 
 
 def write_formats(
@@ -196,7 +221,11 @@ def _in_vllm(
 
 
 def _describe(difference: Difference, scheme: str) -> dict[str, Any]:
-    return {**vars(difference), "is_within_rounding": difference.is_within_rounding(scheme)}
+    return {
+        **vars(difference),
+        "limit": difference.limit(scheme),
+        "is_within_rounding": difference.is_within_rounding(scheme),
+    }
 
 
 def _root_mean_square(values: Logits) -> float:

@@ -242,4 +242,4 @@ def _say(name: str, found: Mapping[str, Any]) -> None:
 
 
 def _losses(directory: Path, texts: Texts) -> NDArray[np.float64]:
-    return sequence_losses(load_model(directory, verify=False).model, texts.held_out_NT)
+    return sequence_losses(load_model(directory, verify=False).model, texts.held_out_NT, 1)

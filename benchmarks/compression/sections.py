@@ -5,14 +5,25 @@ stands in the section's module.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.compression import gate, large, parity, quality, size, speed, structured
+from benchmarks.compression import (
+    gate,
+    interop,
+    large,
+    parity,
+    quality,
+    size,
+    speed,
+    structured,
+)
 from benchmarks.compression.estimates import Claim, at_least, at_most
-from benchmarks.compression.quality import Found
+from benchmarks.compression.quality import Found, Section
 from benchmarks.compression.subject import Subject, subject
 from benchmarks.compression.trial import Say, Trial
+
+HELD_OUT_TOKENS = 200_000
 
 
 @dataclass
@@ -25,12 +36,15 @@ class Bench:
     rounds: int
     folder: Path
     say: Say
+    _subjects: list[Subject] = field(default_factory=list)
     _trials: list[Trial] = field(default_factory=list)
 
     @property
     def subjects(self) -> list[Subject]:
         """The models."""
-        return [subject(seed) for seed in self.seeds]
+        if not self._subjects:
+            self._subjects = [subject(seed) for seed in self.seeds]
+        return self._subjects
 
     @property
     def trials(self) -> list[Trial]:
@@ -47,6 +61,19 @@ class Bench:
         """Whether any section has asked for models."""
         return bool(self._trials)
 
+    def facts(self) -> Found:
+        """Return what the models that sections asked for are, and how much text they read."""
+        found: Section = {}
+        claims = []
+        if self._subjects:
+            found["models"] = [each.document() for each in self._subjects]
+        if self._trials:
+            held_out = min(trial.num_held_out_tokens for trial in self._trials)
+            found["held_out_tokens"] = held_out
+            found["calibration_tokens"] = min(t.num_calibration_tokens for t in self._trials)
+            claims.append(at_least("held_out_tokens", held_out, HELD_OUT_TOKENS))
+        return found, claims
+
 
 def _structured(bench: Bench) -> Found:
     plans = [structured.plan_of(each) for each in bench.subjects]
@@ -57,19 +84,25 @@ def _parity(bench: Bench) -> Found:
     """Beside llmcompressor on the first model, in `.bench/llmcompressor`."""
     found = parity.measure_parity(
         bench.subjects[0],
+        bench.rounds,
         num_sequences=bench.num_calibration,
         eval_sequences=bench.num_sequences,
     )
     claims: list[Claim] = []
+    place = "parity_llmcompressor"
     for name, case in parity.CASES.items():
-        place, method = f"parity_llmcompressor.{name}", found[name]
+        method = found[name]
         ratio = method["perplexity"]["ours_over_theirs"]
-        claims.append(at_most(f"{place}.perplexity", ratio, 1 + parity.TOLERANCE))
-        claims.append(at_most(f"{place}.seconds", method["seconds"]["ours_over_theirs"], 1.0))
+        claims.append(at_most(f"{place}.{name}.perplexity", ratio, 1 + parity.TOLERANCE))
+        seconds = method["seconds"]["ours_over_theirs"]
+        claims.append(at_most(f"{place}.{name}.seconds", seconds, 1.0))
         if case.method == "wanda":
             agreement = method["mask_agreement"]
-            claims.append(at_least(f"{place}.masks", agreement, parity.LEAST_AGREEMENT))
-    return {"parity_llmcompressor": found}, claims
+            claims.append(at_least(f"{place}.{name}.masks", agreement, parity.LEAST_AGREEMENT))
+    claims.append(at_least(f"{place}.held_out_tokens", found["held_out_tokens"], HELD_OUT_TOKENS))
+    for claim in interop.interop_claims(found["interop"]):
+        claims.append(replace(claim, name=f"{place}.interop.{claim.name}"))
+    return {place: found}, claims
 
 
 def _true_size(bench: Bench) -> Found:

@@ -85,8 +85,8 @@ def measure(trials: Sequence[Trial], plans: Sequence[Plan], folder: Path, rounds
         models.append(
             {
                 DENSE: trial.losses(DENSE),
-                "repaired": trial.measure("repaired", lambda path=path: decoder.load(path)),
-                "scratch": trial.measure("scratch", lambda path=scratch: decoder.load(path)),
+                "repaired": trial.measure("repaired", lambda path=path: load_model(path).model),
+                "scratch": trial.measure("scratch", lambda path=scratch: load_model(path).model),
                 "w8a8": trial.measure("repaired-w8a8", lambda path=path: _w8a8(path)),
             }
         )

@@ -1,19 +1,24 @@
 """The model that compression is measured on: trained here, on the standard library's text.
 
 Takes a seed; gives a model directory of 23 million parameters and the packed data it was trained
-on, from `.bench/models` if they lie there. Training goes on where it was stopped; `python -m
-benchmarks.compression.subject --seeds 0 1 2` makes them beforehand (each about an hour on 2 cores).
+on, from `.bench/models` if they lie there and were trained so. Training goes on where it was
+stopped; `python -m benchmarks.compression.subject --seeds 0 1 2` makes them beforehand (each about
+an hour on 2 cores).
 """
 
 import argparse
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from benchmarks.serving.models import BENCH
-from cluster.storage import verify_directory
+from cluster.errors import ConfigError
+from cluster.storage import digest_file, read_manifest, verify_directory
 from jobs.config import (
     DataConfig,
     DecoderConfig,
@@ -26,6 +31,7 @@ from jobs.config import (
 from jobs.data.prepare import prepare
 from jobs.training.loop import run
 from jobs.training.outcome import StepMetrics
+from jobs.training.run_folder import identity
 from jobs.training.world import World
 
 DECODER = DecoderConfig(
@@ -49,6 +55,21 @@ class Subject:
     model: Path
     data: Path
     config: TrainConfig
+
+    def document(self) -> dict[str, Any]:
+        """Return what the figures depend on: how the model was trained, and digests of it."""
+        decides = json.dumps(identity(self.config), sort_keys=True)
+        metrics = read_manifest(self.model)["metrics"]
+        return {
+            "seed": self.seed,
+            "folder": self.model.parent.name,
+            "steps": metrics["steps"],
+            "tokens": metrics["tokens"],
+            "validation_loss": metrics["validation_loss"],
+            "config_sha256": hashlib.sha256(decides.encode()).hexdigest(),
+            "data_sha256": read_manifest(self.data)["self_sha256"],
+            "model_sha256": digest_file(self.model / "model.safetensors"),
+        }
 
 
 def training(seed: int, decoder: DecoderConfig = DECODER, max_steps: int = 800) -> TrainConfig:
@@ -83,10 +104,13 @@ def subject(seed: int) -> Subject:
 
 
 def train(config: TrainConfig, data: Path, folder: Path) -> Path:
-    """Train in this process, going on where an earlier call stopped; return the model directory."""
+    """Train in this process, going on where an earlier call stopped; return the model directory.
+
+    A model that is there already is taken, if it was trained just so: else raises ConfigError.
+    """
     model = folder / "model"
     if model.is_dir():
-        verify_directory(model)
+        _check_trained_so(config, data, folder, verify_directory(model)["lineage"])
         return model
     console = Console(stderr=True)
 
@@ -100,6 +124,23 @@ def train(config: TrainConfig, data: Path, folder: Path) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     return run(config, data, folder, World(), tell).model_dir
+
+
+def _check_trained_so(
+    config: TrainConfig, data: Path, folder: Path, lineage: dict[str, Any]
+) -> None:
+    asked = {**identity(config), "data_sha256": read_manifest(data)["self_sha256"]}
+    found = {**lineage["config"], "data_sha256": lineage["data_sha256"]}
+    changed = [
+        f"`{key}` was {found.get(key)!r} and is now {asked.get(key)!r}"
+        for key in sorted(asked.keys() | found.keys())
+        if asked.get(key) != found.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a model that was trained otherwise: {'; '.join(changed)}. "
+            "Delete that folder, and it is trained anew."
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

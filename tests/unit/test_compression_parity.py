@@ -5,7 +5,13 @@ from pathlib import Path
 import numpy as np
 from tiny_models import decoder_config
 
-from benchmarks.compression.interop import compare, our_logits, reason_of, write_formats
+from benchmarks.compression.interop import (
+    compare,
+    interop_claims,
+    our_logits,
+    reason_of,
+    write_formats,
+)
 from benchmarks.compression.parity import CASES, Case, compress_ours, mask_agreement
 from jobs.config import Step
 from jobs.models.decoder import build, linear_names, load, save
@@ -69,3 +75,26 @@ def test_reason_when_a_process_failed_is_its_last_error() -> None:
     output = "Traceback:\n[rank0]: AttributeError: no `gemm`\n\nProcessed prompts: 0%\n"
     assert reason_of(output) == "[rank0]: AttributeError: no `gemm`"
     assert reason_of("it ended\n") == "it ended"
+
+
+def test_interop_claims_when_libraries_differ_or_refuse_are_missed_by_name() -> None:
+    near = {"root_mean_square": 0.004, "limit": 0.01}
+    report = {
+        "theirs_in_our_engine": {
+            "awq": {**near, "engine_agrees": 1.0},
+            "gptq": {**near, "engine_agrees": 0.9},
+        },
+        "ours_in_transformers": {"w4a16": {"root_mean_square": 0.02, "limit": 0.01}},
+        "ours_in_vllm": {
+            "bf16": {"not_supported_on_this_cpu": None, "refused": "Error: no"},
+            "w4a16": {"not_supported_on_this_cpu": "it has no product", "refused": "Error: no"},
+        },
+    }
+    claims = {claim.name: claim.document()["is_met"] for claim in interop_claims(report)}
+    assert [name for name, is_met in claims.items() if not is_met] == [
+        "theirs_in_our_engine.gptq.engine_agrees",
+        "ours_in_transformers.w4a16.root_mean_square",
+        "ours_in_vllm.bf16.loads",
+    ]
+    assert claims["theirs_in_our_engine.awq.engine_agrees"]
+    assert not any(name.startswith("ours_in_vllm.w4a16") for name in claims)
