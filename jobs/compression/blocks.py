@@ -100,13 +100,15 @@ class BlockWork:
         if firsts:
             assert text is not None, "refused before"
             inputs = text.observe(list(dict.fromkeys(firsts.values())))
-            asking = [layer for action, layers in here if _asks(action) for layer in layers]
-            self.effects = text.effects(list(dict.fromkeys(asking))) if asking else {}
         for is_scaling, some in groupby(here, lambda pair: pair[0].is_scaling):
             if not is_scaling:
                 self._change(list(some), part, firsts, inputs)
                 continue
             for action, layers in some:
+                # Anew for each: what was scaled or pruned before has changed them.
+                if _asks(action) and layers:
+                    assert text is not None, "refused before"
+                    self.effects = text.effects(layers)
                 for group in dict.fromkeys(groups[layer] for layer in layers):
                     assert group is not None, "checked when resolved"
                     first = group.layers[0]

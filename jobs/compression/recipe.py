@@ -57,7 +57,7 @@ def apply_recipe(
     model as a whole, and later blocks see what they make of the text. `progress` hears of blocks
     or steps of training done, of how many. A layer that is quantized twice takes the last choice,
     computed from its unquantized weight. A head that shares the embedding's weight takes a copy of
-    its own if a step names it. The dense model is kept beside the other where a step repairs.
+    its own if a step names it. The dense model is kept beside the other up to the last repair.
     `workers` compute what becomes of layers; unset, one after the other in this process.
     Raises RecipeError for what `resolve` refuses, a method that needs text where there is none or
     no decoder, and inputs that determine no answer; DataError for less text than a step trains on.
@@ -71,7 +71,8 @@ def apply_recipe(
     for place, need in _needs(actions):
         assert text is not None, "refused before"
         check_need(text.split, need, place)
-    teacher = copy.deepcopy(model) if any(_is_repair(action) for action in actions) else None
+    last_repair = max((action.number for action in actions if _is_repair(action)), default=0)
+    teacher = copy.deepcopy(model) if last_repair else None
     if any(HEAD in action.layers for action in actions if not action.is_of_model):
         model.untie()
     for is_of_model, run in groupby(actions, key=lambda action: action.is_of_model):
@@ -83,6 +84,7 @@ def apply_recipe(
             assert text is not None, "refused before"
             if teacher is not None and _is_repair(action):
                 _repair(work, action, teacher, text, progress)
+                teacher = None if action.number == last_repair else teacher
             else:
                 _reshape(model, action, text)
     return Compressed(model, work.quantized, recipe)

@@ -41,7 +41,9 @@ def greedy_agreement(
     device = base.model.embed_tokens.weight.device
     rows_KP = torch.from_numpy(np.ascontiguousarray(prompts_KP)).to(device, torch.long)
     with torch.inference_mode():
-        rows_KN = torch.cat([rows_KP, continue_greedily(base, rows_KP, num_tokens, kv_caches[0])], dim=1)
+        rows_KN = torch.cat(
+            [rows_KP, continue_greedily(base, rows_KP, num_tokens, kv_caches[0])], dim=1
+        )
         theirs_KT = _choices(base, rows_KN, num_tokens, kv_caches[0])
         ours_KT = _choices(model, rows_KN, num_tokens, kv_caches[1])
     return (ours_KT == theirs_KT).double().mean(dim=1).cpu().numpy()
