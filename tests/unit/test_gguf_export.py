@@ -17,6 +17,7 @@ from jobs.compression.packing import save_compressed
 from jobs.compression.recipe import Compressed, apply_recipe
 from jobs.config import KvCache, Recipe, Step
 from jobs.data.tokens import open_split
+from jobs.kernels.formats import GROUPED
 from jobs.models.decoder import build
 
 PARTS = {
@@ -28,7 +29,8 @@ PARTS = {
 
 
 def quantize(scheme: str, *targets: str, group_size: int = 32) -> Step:
-    options = {"scheme": scheme, "group_size": group_size}
+    groups = {"group_size": group_size} if scheme in GROUPED else {}
+    options = {"scheme": scheme, **groups}
     return Step(method="rtn", targets=targets or ("*",), options=options)
 
 

@@ -9,7 +9,7 @@ from cluster.errors import RecipeError
 from jobs.compression.recipe import apply_recipe, layouts, predicted_bytes
 from jobs.compression.text import CalibrationText
 from jobs.config import DecoderConfig, Recipe, Step
-from jobs.kernels.formats import Layout
+from jobs.kernels.formats import GROUPED, Layout
 from jobs.models.decoder import Decoder, build, linear_names
 
 CONFIG = DecoderConfig(
@@ -18,7 +18,8 @@ CONFIG = DecoderConfig(
 
 
 def quantize(scheme: str, *targets: str, group_size: int = 32) -> Step:
-    options = {"scheme": scheme, "group_size": group_size}
+    groups = {"group_size": group_size} if scheme in GROUPED else {}
+    options = {"scheme": scheme, **groups}
     return Step(method="rtn", targets=targets or ("*",), options=options)
 
 
@@ -144,6 +145,9 @@ def test_recipe_when_method_is_unknown_lists_methods() -> None:
         ({"shceme": "w8a8"}, "did you mean `scheme`"),
         ({"scheme": "w3a16"}, "scheme"),
         ({"scheme": "w4a16", "group_size": 48}, "power of 2"),
+        ({"scheme": "w8a8", "group_size": 64}, "w8a8 has no groups and group_size=64.*Leave it"),
+        ({"scheme": "bf16", "group_size": 128}, "bf16 has no groups"),
+        ({"group_size": None}, "w8a8 has no groups and group_size=None"),
     ],
 )
 def test_recipe_when_an_option_is_wrong_names_it(options: dict[str, object], words: str) -> None:

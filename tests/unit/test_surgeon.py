@@ -90,9 +90,9 @@ def test_operate_when_the_hessian_is_no_hessian_says_what_to_do() -> None:
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize(("scheme", "group_size"), [("w4a16", 16), ("w4a8", 16), ("w8a8", 16)])
+@pytest.mark.parametrize(("scheme", "group_size"), [("w4a16", 16), ("w4a8", 16), ("w8a8", None)])
 def test_gptq_leaves_outputs_nearer_than_rounding_to_nearest(
-    scheme: str, group_size: int, *, act_order: bool
+    scheme: str, group_size: int | None, *, act_order: bool
 ) -> None:
     draws = torch.Generator().manual_seed(3)
     weight_OI = torch.randn(32, 48, generator=draws)
@@ -100,7 +100,7 @@ def test_gptq_leaves_outputs_nearer_than_rounding_to_nearest(
     sums.add(torch.randn(500, 6, generator=draws) @ torch.randn(6, 48, generator=draws))
     sums.add(0.3 * torch.randn(500, 48, generator=draws))
     inputs = sums.moments()
-    options = {"scheme": scheme, "group_size": group_size}
+    options = {"scheme": scheme} | ({"group_size": group_size} if group_size else {})
     nearest = rtn.apply(weight_OI, rtn.Options.model_validate(options))
     made_up = gptq.apply_calibrated(
         weight_OI, inputs, gptq.Options.model_validate({**options, "act_order": act_order})
