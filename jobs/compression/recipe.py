@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from cluster.errors import RecipeError
 from jobs.compression.blocks import BlockWork, go_through
+from jobs.compression.calibration import Scratch
 from jobs.compression.layer_work import InProcess, LayerWorkers
 from jobs.compression.layers import linear_names, shapes_of, without_weights
 from jobs.compression.methods._protocol import Repair, RepairMethod, ShapingMethod
@@ -49,6 +50,7 @@ def apply_recipe(
     text: CalibrationText | None = None,
     progress: Progress = lambda what, done, total: None,
     workers: LayerWorkers | None = None,
+    scratch: Scratch | None = None,
 ) -> Compressed[ModelT]:
     """Apply a recipe's steps in order; the model is taken over and changed in place.
 
@@ -58,7 +60,8 @@ def apply_recipe(
     or steps of training done, of how many. A layer that is quantized twice takes the last choice,
     computed from its unquantized weight. A head that shares the embedding's weight takes a copy of
     its own if a step names it. The dense model is kept beside the other up to the last repair.
-    `workers` compute what becomes of layers; unset, one after the other in this process.
+    `workers` compute what becomes of layers; unset, one after the other in this process. `scratch`
+    says where the text's states lie if they are many.
     Raises RecipeError for what `resolve` refuses, a method that needs text where there is none or
     no decoder, and inputs that determine no answer; DataError for less text than a step trains on.
     """
@@ -78,7 +81,7 @@ def apply_recipe(
     for is_of_model, run in groupby(actions, key=lambda action: action.is_of_model):
         if not is_of_model:
             tokens_NT = None if text is None else text.tokens_NT
-            go_through(list(run), work, tokens_NT, partial(progress, "blocks"))
+            go_through(list(run), work, tokens_NT, partial(progress, "blocks"), scratch)
             continue
         for action in run:
             assert text is not None, "refused before"
