@@ -116,6 +116,29 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
         _sync_folder(path.parent)
 
 
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """Yield a path of its own whose file becomes `target` by one rename when the block succeeds.
+
+    The file is synced before. On any failure nothing is left. Raises VersionExistsError if `target`
+    exists, also if it came to be meanwhile.
+    """
+    if target.exists():
+        raise _exists(target)
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with storage_errors(f"writing {target}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield staging
+            _sync_file(staging)
+            if target.exists():
+                raise _exists(target)
+            staging.rename(target)
+            _sync_folder(target.parent)
+        finally:
+            staging.unlink(missing_ok=True)
+
+
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON document atomically."""
     write_atomic(path, _json_bytes(document))

@@ -16,6 +16,7 @@ from cluster.errors import ModelFormatError, VersionExistsError
 from cluster.session import connect
 from cluster.storage import MANIFEST, resolve_output, staged_directory, verify_directory
 from jobs.compression import quantization_config
+from jobs.compression.calibration import Scratch
 from jobs.compression.encoders import save_encoder
 from jobs.compression.layer_work import InProcess, LayerWorkers
 from jobs.compression.packing import copy_companions, save_compressed
@@ -66,13 +67,18 @@ def compress(config: CompressConfig) -> Path:
             dense = encoder.load(source)
             save_encoder(apply_recipe(dense, config.recipe, workers=workers), staging)
         else:
-            save_compressed(_apply(config, source, shape, workers), staging)
+            scratch = Scratch(target.parent)  # A disk that is meant for models, unlike /tmp.
+            save_compressed(_apply(config, source, shape, workers, scratch), staging)
             copy_companions(source, staging)
     return target
 
 
 def _apply(
-    config: CompressConfig, source: Path, shape: DecoderConfig, workers: LayerWorkers
+    config: CompressConfig,
+    source: Path,
+    shape: DecoderConfig,
+    workers: LayerWorkers,
+    scratch: Scratch,
 ) -> Compressed[Decoder]:
     """Apply the recipe with its text, if it needs any, and show how far it is."""
     split = _text_split(config, source, shape)
@@ -89,6 +95,7 @@ def _apply(
                 task, description=what, completed=done, total=total
             ),
             workers,
+            scratch,
         )
 
 

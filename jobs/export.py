@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from cluster.errors import ConfigError, VersionExistsError
-from cluster.storage import resolve_output, storage_errors
+from cluster.storage import resolve_output, staged_file
 from jobs.compression.gguf_export import DenseType, export_gguf
 from jobs.registry import find_model
 
@@ -56,14 +56,8 @@ def export_model(
         )
     if not source.is_dir():
         source = find_model(model, resolve_output(registry))
-    staging = target.with_name(f".{target.name}.tmp")
-    with storage_errors(f"writing {target}"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            kinds = export_gguf(source, staging, dense=_DENSE[kind], progress=progress)
-            staging.rename(target)
-        finally:
-            staging.unlink(missing_ok=True)
+    with staged_file(target) as staging:
+        kinds = export_gguf(source, staging, dense=_DENSE[kind], progress=progress)
     counts = {each: list(kinds.values()).count(each) for each in sorted(set(kinds.values()))}
     return {
         "model": str(source),

@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from cluster.config import StrictModel
+from cluster.errors import ConfigError
 from cluster.ledger import Ledger
 from cluster.storage import resolve_output
 from jobs.applications import published_s
@@ -134,7 +135,13 @@ def build_engine(args: EngineArgs) -> serve.Application:
 def _served(args: EngineArgs) -> tuple[Path, ServedModel]:
     if args.directory is not None:
         name, _, version = args.model.partition("@")
-        return resolve_output(args.directory), ServedModel(name, version or "0", int(time.time()))
+        path = resolve_output(args.directory)
+        if not path.is_dir():
+            raise ConfigError(
+                f"`directory` = {args.directory}: there is no directory {path}. Give that of a "
+                "model, or leave it out to serve a version of the registry."
+            )
+        return path, ServedModel(name, version or "0", int(time.time()))
     entry = Registry(resolve_output(args.registry)).resolve(args.model, verify=False)
     return entry.path, ServedModel(entry.name, entry.version, published_s(entry))
 

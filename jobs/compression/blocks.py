@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from jobs.compression.calibration import CalibrationPass
+from jobs.compression.calibration import CalibrationPass, Scratch
 from jobs.compression.inputs import LayerInputs
 from jobs.compression.layer_work import InProcess, LayerStep, LayerTask, LayerWorkers
 from jobs.compression.layers import weight_of
@@ -41,10 +41,12 @@ def go_through(
     work: "BlockWork",
     text_NT: Tensor | None,
     progress: Callable[[int, int], None],
+    scratch: Scratch | None = None,
 ) -> None:
     """Apply all actions to one block of a decoder after another, then to the head.
 
-    Text goes through as far as it is needed; `progress` hears of blocks done, of how many.
+    Text goes through as far as it is needed, its states in `scratch` if they are many; `progress`
+    hears of blocks done, of how many.
     """
     model = work.model
     assert isinstance(model, Decoder), "encoders have no blocks that text goes through"
@@ -60,7 +62,7 @@ def go_through(
             work.run(actions, part, None)
         return
     assert text_NT is not None, "refused before"
-    with CalibrationPass(model, text_NT) as text:
+    with CalibrationPass(model, text_NT, scratch) as text:
         for number, part in enumerate(parts):
             work.run(actions, part, text)
             if number < last_seeing:
@@ -100,13 +102,15 @@ class BlockWork:
         if firsts:
             assert text is not None, "refused before"
             inputs = text.observe(list(dict.fromkeys(firsts.values())))
-            asking = [layer for action, layers in here if _asks(action) for layer in layers]
-            self.effects = text.effects(list(dict.fromkeys(asking))) if asking else {}
         for is_scaling, some in groupby(here, lambda pair: pair[0].is_scaling):
             if not is_scaling:
                 self._change(list(some), part, firsts, inputs)
                 continue
             for action, layers in some:
+                # Anew for each: what was scaled or pruned before has changed them.
+                if _asks(action) and layers:
+                    assert text is not None, "refused before"
+                    self.effects = text.effects(layers)
                 for group in dict.fromkeys(groups[layer] for layer in layers):
                     assert group is not None, "checked when resolved"
                     first = group.layers[0]

@@ -8,9 +8,11 @@ not know what is done to the layers.
 N sequences, T tokens, B sequences at a time, C hidden width
 """
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +21,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from cluster.storage import GIB
+from cluster.storage import GIB, storage_errors
 from jobs.compression.inputs import InputSums, LayerInputs
+from jobs.compression.shared_inputs import HEAD
 from jobs.models.decoder import Decoder
 
 _TOKENS_AT_ONCE = 4096
@@ -28,18 +31,19 @@ _MEMORY_BYTES = 2 * GIB
 _TOKENS_FOR_EFFECTS = 8192
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """Where states lie that take more than `memory_bytes`; no folder: where the system puts it."""
+
+    folder: Path | None = None
+    memory_bytes: int = _MEMORY_BYTES
+
+
 class CalibrationPass:
     """The text's hidden states before a block; a context manager, since they may lie on disk."""
 
-    def __init__(
-        self,
-        model: Decoder,
-        tokens_NT: Tensor,
-        *,
-        memory_bytes: int = _MEMORY_BYTES,
-        folder: Path | None = None,
-    ) -> None:
-        """Embed the text. States of more than `memory_bytes` go to a file in `folder`."""
+    def __init__(self, model: Decoder, tokens_NT: Tensor, scratch: Scratch | None = None) -> None:
+        """Embed the text. Raises StorageError where states go to a disk that is full."""
         assert tokens_NT.ndim == 2, f"expected [N, T] token ids, found {tuple(tokens_NT.shape)}"
         self._model, self._block = model, 0
         self._stack = ExitStack()
@@ -47,7 +51,7 @@ class CalibrationPass:
         num_sequences, length = tokens_NT.shape
         self._batch = max(1, _TOKENS_AT_ONCE // length)
         shape = (num_sequences, length, model.config.hidden_size)
-        self._states_NTC = self._allocate(shape, memory_bytes, folder)
+        self._states_NTC = self._allocate(shape, scratch or Scratch())
         positions_1T = torch.arange(length, device=self._device)[None]
         with torch.inference_mode():
             self._rotation = model.rotary(positions_1T, torch.float32)
@@ -65,17 +69,15 @@ class CalibrationPass:
     ) -> None:
         self._stack.close()
 
-    def observe(self, layers: Sequence[str], *, moves_on: bool = False) -> dict[str, LayerInputs]:
-        """Return what the text feeds these layers of the block that it has reached, or the head.
-
-        With `moves_on` it moves on through the block as well, which nothing will change.
-        """
+    def observe(self, layers: Sequence[str]) -> dict[str, LayerInputs]:
+        """Return what the text feeds these layers of the block that it has reached, or the head."""
+        if self._block == len(self._model.model.layers):
+            assert list(layers) == [HEAD], f"after all blocks comes the head, not {layers}"
+            return {HEAD: self._observe_head()}
         with ExitStack() as hooks:
             sums = {layer: self._watch(layer, hooks) for layer in layers}
-            for states_BTC, after_BTC in self._through():
-                if moves_on:
-                    states_BTC.copy_(after_BTC)
-        self._block += moves_on
+            for _ in self._through():
+                pass
         return {layer: found.moments() for layer, found in sums.items()}
 
     def effects(self, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -102,16 +104,20 @@ class CalibrationPass:
         self._block += 1
 
     def _through(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give the states before and after the block; after the last block, the head is asked."""
-        layers = self._model.model.layers
+        """Give the states before and after the block."""
+        block = self._model.model.layers[self._block]
         with torch.inference_mode():
-            for _, states_BTC in self._batches(self._states_NTC):
-                h_BTC = states_BTC.to(self._device)
-                if self._block < len(layers):
-                    yield states_BTC, layers[self._block](h_BTC, *self._rotation)
-                else:
-                    self._model.head(self._model.model.norm(h_BTC))
-                    yield states_BTC, states_BTC
+            for states_BTC in self._states_NTC.split(self._batch):
+                yield states_BTC, block(states_BTC.to(self._device), *self._rotation)
+
+    def _observe_head(self) -> LayerInputs:
+        """Return the moments of the last norm's outputs; no logits are computed."""
+        sums = InputSums(self._states_NTC.shape[2], self._device)
+        with torch.inference_mode():
+            for states_BTC in self._states_NTC.split(self._batch):
+                h_BTC = self._model.model.norm(states_BTC.to(self._device))
+                sums.add(h_BTC.flatten(0, 1))
+        return sums.moments()
 
     def _slopes(
         self, layers: Sequence[str], states_BTC: Tensor, signs: torch.Generator
@@ -145,15 +151,22 @@ class CalibrationPass:
         """Give rows of a tensor with the states of the same sequences."""
         return zip(tensor_N.split(self._batch), self._states_NTC.split(self._batch), strict=True)
 
-    def _allocate(
-        self, shape: tuple[int, int, int], memory_bytes: int, folder: Path | None
-    ) -> Tensor:
+    def _allocate(self, shape: tuple[int, int, int], scratch: Scratch) -> Tensor:
         num_values = shape[0] * shape[1] * shape[2]
-        if 4 * num_values <= memory_bytes:
+        if 4 * num_values <= scratch.memory_bytes:
             return torch.empty(shape, device=self._device)
-        temporary = self._stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
-        path = str(Path(temporary) / "states")
-        return torch.from_file(path, shared=True, size=num_values).view(shape)
+        where = scratch.folder or tempfile.gettempdir()
+        with storage_errors(f"keeping {4 * num_values:,} bytes of states in {where}"):
+            temporary = tempfile.TemporaryDirectory(dir=where)
+            path = Path(self._stack.enter_context(temporary)) / "states"
+            # A sparse file would end the process by SIGBUS when the disk fills up.
+            try:
+                with path.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, 4 * num_values)
+            except OSError:
+                self._stack.close()
+                raise
+        return torch.from_file(str(path), shared=True, size=num_values).view(shape)
 
 
 def _keep(

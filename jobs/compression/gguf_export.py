@@ -26,6 +26,7 @@ from cluster.storage import storage_errors, verify_directory
 from jobs.compression import quantization_config
 from jobs.compression.packing import read_quantized
 from jobs.config import DecoderConfig
+from jobs.data.tokenizer import check_fits, load_tokenizer
 from jobs.kernels.formats import Layout, QuantizedWeight
 from jobs.models import _hf, _weights
 
@@ -77,7 +78,8 @@ def export_gguf(
     hears of tensors converted, of how many. Raises
     ModelFormatError for what GGUF or llama.cpp cannot express: FP8, groups that 32 does not divide,
     a scale too small for float16, scaled or windowed positions, a tokenizer that is no byte-level
-    BPE; IntegrityError for damaged files, StorageError where the file cannot be written.
+    BPE; TokenizerError for ids that the model does not have, IntegrityError for damaged files,
+    StorageError where the file cannot be written.
     """
     verify_directory(directory)
     document = _hf.read_config(directory)
@@ -155,6 +157,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path, config: DecoderConf
         raise ModelFormatError(f"{directory} has no tokenizer.json, which GGUF has to hold.")
     document = json.loads(path.read_text())
     model = document["model"]
+    tokenizer = load_tokenizer(directory)
+    check_fits(tokenizer, config.vocab_size)
     cut = {key: (document.get("pre_tokenizer") or {}).get(key) for key in _GPT2_CUT}
     if model.get("type") != "BPE" or cut != _GPT2_CUT or document.get("normalizer"):
         raise ModelFormatError(
@@ -173,9 +177,11 @@ def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path, config: DecoderConf
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    if config.bos_token_id is not None:
-        writer.add_bos_token_id(config.bos_token_id)
-        writer.add_add_bos_token(value=True)
+    bos = tokenizer.bos_token_id if config.bos_token_id is None else config.bos_token_id
+    if bos is not None:
+        writer.add_bos_token_id(bos)
+        # What the tokenizer puts before a text is what it makes of none.
+        writer.add_add_bos_token(value=tokenizer.encode("")[:1] == [bos])
     if config.eos_token_id is not None:
         writer.add_eos_token_id(config.eos_token_id)
     template = directory / "chat_template.jinja"

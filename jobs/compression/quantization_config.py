@@ -92,11 +92,11 @@ def read_layouts(
         )
     found: dict[str, Layout] = {}
     ignored = document.get("ignore") or []
-    for name, shape in shapes.items():
+    for name in shapes:
         if not _matches(name, ignored):
             group = _group_of(name, document.get("config_groups") or {})
             if group is not None:
-                found[name] = _layout(*group, shape[1])
+                found[name] = _layout(*group)
     return found
 
 
@@ -142,7 +142,7 @@ def _int8_cache_scheme(head_dim: int) -> dict[str, Any]:
 
 
 def _group(layout: Layout, targets: list[str]) -> dict[str, Any]:
-    is_8_bit = layout.scheme in CHANNELED
+    is_8_bit, is_by_channel = layout.scheme in CHANNELED, layout.group_size is None
     has_8_bit_inputs = layout.scheme not in _FLOAT_INPUTS.values()
     number = "float" if layout.scheme == "fp8" else "int"
     return {
@@ -151,7 +151,7 @@ def _group(layout: Layout, targets: list[str]) -> dict[str, Any]:
             "num_bits": 8 if is_8_bit else PACKED_BITS[layout.scheme],
             "type": number,
             "symmetric": True,
-            "strategy": "channel" if is_8_bit else "group",
+            "strategy": "channel" if is_by_channel else "group",
             "group_size": layout.group_size,
             "dynamic": False,
         },
@@ -182,7 +182,7 @@ def _matches(name: str, targets: Iterable[str]) -> bool:
     )
 
 
-def _layout(key: str, group: Any, in_features: int) -> Layout:
+def _layout(key: str, group: Any) -> Layout:
     if isinstance(group, list):
         if key not in _PRESETS:
             raise ModelFormatError(
@@ -198,7 +198,7 @@ def _layout(key: str, group: Any, in_features: int) -> Layout:
     if num_bits == 8 and strategy == "channel" and _is_per_token(activations, number):
         return Layout("fp8" if number == "float" else "w8a8")
     if num_bits in _FLOAT_INPUTS and number == "int" and strategy in ("group", "channel"):
-        group_size = weights["group_size"] if strategy == "group" else in_features
+        group_size = weights["group_size"] if strategy == "group" else None
         if activations is None:
             return Layout(_FLOAT_INPUTS[num_bits], group_size)
         if num_bits == 4 and _is_per_token(activations, "int"):

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from cluster.errors import RecipeError
 from jobs.compression.blocks import BlockWork, go_through
+from jobs.compression.calibration import Scratch
 from jobs.compression.layer_work import InProcess, LayerWorkers
 from jobs.compression.layers import linear_names, shapes_of, without_weights
 from jobs.compression.methods._protocol import Repair, RepairMethod, ShapingMethod
@@ -49,6 +50,7 @@ def apply_recipe(
     text: CalibrationText | None = None,
     progress: Progress = lambda what, done, total: None,
     workers: LayerWorkers | None = None,
+    scratch: Scratch | None = None,
 ) -> Compressed[ModelT]:
     """Apply a recipe's steps in order; the model is taken over and changed in place.
 
@@ -57,8 +59,9 @@ def apply_recipe(
     model as a whole, and later blocks see what they make of the text. `progress` hears of blocks
     or steps of training done, of how many. A layer that is quantized twice takes the last choice,
     computed from its unquantized weight. A head that shares the embedding's weight takes a copy of
-    its own if a step names it. The dense model is kept beside the other where a step repairs.
-    `workers` compute what becomes of layers; unset, one after the other in this process.
+    its own if a step names it. The dense model is kept beside the other up to the last repair.
+    `workers` compute what becomes of layers; unset, one after the other in this process. `scratch`
+    says where the text's states lie if they are many.
     Raises RecipeError for what `resolve` refuses, a method that needs text where there is none or
     no decoder, and inputs that determine no answer; DataError for less text than a step trains on.
     """
@@ -71,18 +74,20 @@ def apply_recipe(
     for place, need in _needs(actions):
         assert text is not None, "refused before"
         check_need(text.split, need, place)
-    teacher = copy.deepcopy(model) if any(_is_repair(action) for action in actions) else None
+    last_repair = max((action.number for action in actions if _is_repair(action)), default=0)
+    teacher = copy.deepcopy(model) if last_repair else None
     if any(HEAD in action.layers for action in actions if not action.is_of_model):
         model.untie()
     for is_of_model, run in groupby(actions, key=lambda action: action.is_of_model):
         if not is_of_model:
             tokens_NT = None if text is None else text.tokens_NT
-            go_through(list(run), work, tokens_NT, partial(progress, "blocks"))
+            go_through(list(run), work, tokens_NT, partial(progress, "blocks"), scratch)
             continue
         for action in run:
             assert text is not None, "refused before"
             if teacher is not None and _is_repair(action):
                 _repair(work, action, teacher, text, progress)
+                teacher = None if action.number == last_repair else teacher
             else:
                 _reshape(model, action, text)
     return Compressed(model, work.quantized, recipe)

@@ -23,6 +23,7 @@ from jobs.compression.methods._protocol import (
     ShapingMethod,
     WeightMethod,
 )
+from jobs.compression.methods._sparsity import SparsityOptions
 from jobs.compression.shared_inputs import HEAD, group_of
 from jobs.config import DecoderConfig, Recipe, Step
 from jobs.kernels.formats import Layout
@@ -76,8 +77,8 @@ def resolve(recipe: Recipe, shape: ModelShape) -> list[Action]:
 
     Raises RecipeError for a target that matches no layer, a group size that does not divide, a
     method or option that does not exist or is not for this family, a change of weights that are
-    quantized already, scaling for a format that no later step gives, and a `kv_cache` for an
-    encoder.
+    quantized already, scaling for a format that no later step gives or before a change of shape, a
+    pattern that does not divide, and a `kv_cache` for an encoder.
     """
     if recipe.kv_cache != "auto" and not isinstance(shape, DecoderConfig):
         raise RecipeError(
@@ -103,11 +104,16 @@ def resolve(recipe: Recipe, shape: ModelShape) -> list[Action]:
                     f"{quantized_by[layer]} has quantized. Put pruning and scaling before "
                     "quantizing."
                 )
-        for layer in action.layers:
-            if action.layout is not None:
-                _check_groups(action.layout, layer, shapes[layer], action.place)
-                quantized_by[layer] = number
+        _check_pattern(action, shapes)
         actions.append(action)
+        if action.layout is None:
+            continue
+        for layer in action.layers:
+            _check_groups(action.layout, layer, shapes[layer], action.place)
+            if action.layout.scheme == "bf16":
+                quantized_by.pop(layer, None)
+            else:
+                quantized_by[layer] = number
     _check_scaling(actions)
     return actions
 
@@ -179,6 +185,12 @@ def _check_scaling(actions: Sequence[Action]) -> None:
     for action in actions:
         if not isinstance(action.method, ScalingMethod):
             continue
+        for later in actions[action.number :]:
+            if isinstance(later.method, ShapingMethod):
+                raise RecipeError(
+                    f"{action.place} scales layers that {later.place} cuts before they are "
+                    "quantized. Put depth/width before awq/smoothquant."
+                )
         for layer in action.layers:
             decided = final.get(layer)
             if decided is None or decided.number < action.number:
@@ -204,6 +216,19 @@ def _matching(targets: tuple[str, ...], names: list[str], place: str) -> Iterato
 def _is_meant(name: str, target: str) -> bool:
     """Return whether a target reaches a layer: a pattern never reaches the head, its name does."""
     return target == HEAD if name == HEAD else fnmatchcase(name, target)
+
+
+def _check_pattern(action: Action, shapes: Shapes) -> None:
+    options = action.options
+    if not isinstance(options, SparsityOptions) or options.kept_of is None:
+        return
+    for layer in action.layers:
+        columns = shapes[layer][1]
+        if columns % options.kept_of[1]:
+            raise RecipeError(
+                f"{action.place}: pattern={options.pattern} does not divide the {columns} inputs "
+                f"of `{layer}`. Choose another pattern, or `sparsity`."
+            )
 
 
 def _check_groups(layout: Layout, layer: str, shape: tuple[int, int], place: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.errors import RecipeError
 
-_BLOCK = 128
+BLOCK = 128  # columns that take over errors together; later ones wait for their end
 
 
 class Rule(Protocol):
@@ -35,7 +35,7 @@ class Rule(Protocol):
 
 
 def operate(
-    weight_OI: Tensor, gram_II: Tensor, rule: Rule, *, damping: float, block: int = _BLOCK
+    weight_OI: Tensor, gram_II: Tensor, rule: Rule, *, damping: float, block: int = BLOCK
 ) -> Tensor:
     """Return the weight after every column was settled from left to right.
 

@@ -7,6 +7,7 @@ N sequences, B sequences of a batch, T tokens
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from jobs.data.sampler import batch_indices
 from jobs.data.tokens import TokenSplit, open_split
 
 _TOKENIZER = "tokenizer.json"
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,13 @@ def open_text(config: CalibrationConfig, model: Path, shape: DecoderConfig) -> T
             "positions. Lower it."
         )
     theirs, ours = split.folder / TOKENIZER_FOLDER / _TOKENIZER, model / _TOKENIZER
+    for path in (theirs, ours):
+        if not path.is_file():
+            _logger.warning(
+                "%s does not exist: whether the ids of %s are the model's own cannot be told",
+                path,
+                split.folder,
+            )
     if split.vocab_size > shape.vocab_size or not _is_same(theirs, ours):
         raise DataError(
             f"`calibration.data` = {split.folder} was tokenized by another tokenizer than the "
@@ -102,7 +111,7 @@ def open_text(config: CalibrationConfig, model: Path, shape: DecoderConfig) -> T
 
 
 def _is_same(one: Path, other: Path) -> bool:
-    """Say whether two tokenizers give a text the same ids; a model without one cannot object."""
+    """Say whether two tokenizers give a text the same ids, if both are there."""
     if not one.is_file() or not other.is_file():
         return True
     return _substance(one) == _substance(other)
@@ -110,5 +119,11 @@ def _is_same(one: Path, other: Path) -> bool:
 
 def _substance(path: Path) -> dict[str, Any]:
     """Return what decides ids: not how texts are cut to length or padded."""
-    document = json.loads(path.read_text())
-    return {key: document.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
+    try:
+        document = json.loads(path.read_bytes())
+        return {key: document.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{path} is damaged, so that the tokenizers of text and model cannot be compared: "
+            f"{error}. Restore it."
+        ) from None

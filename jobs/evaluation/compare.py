@@ -17,7 +17,6 @@ from cluster.storage import (
     read_manifest,
     resolve_output,
     verify_directory,
-    write_manifest,
 )
 from jobs.compression.packing import LoadedModel, load_model
 from jobs.compression.recipe import predicted_bytes
@@ -29,6 +28,7 @@ from jobs.evaluation.health import output_faults, weight_faults
 from jobs.evaluation.intervals import Interval, bootstrapped_mean, median_ratio
 from jobs.evaluation.latency import Latency, compare_latency
 from jobs.evaluation.quality import sequence_losses
+from jobs.evaluation.recording import record_verdict
 from jobs.models import _hf
 from jobs.registry import find_model
 
@@ -75,15 +75,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         size_bytes=weight_file_bytes(model),
         base_size_bytes=predicted_bytes(base_loaded.config, Recipe()),
         **dict(check(loaded, base_loaded, (latency, base_latency), sequences, config.gate)),
-        faults=find_faults(model, loaded, sequences),
+        faults=find_faults(model, loaded, sequences, (base, base_loaded)),
     )
     verdict = judge(measured, config.gate)
     verdict = verdict.replace(measured_on=_measured_on(config, split, base))
     if config.record:
-        kept = {key: value for key, value in manifest.items() if key != "files"}
-        kept.pop("self_sha256")
-        metrics = {**kept.get("metrics", {}), **verdict.numbers}
-        write_manifest(model, {**kept, "gate": verdict.model_dump(mode="json"), "metrics": metrics})
+        record_verdict(model, manifest, verdict)
     return Evaluation(
         model=model, base=base, verdict=verdict, latency=latency, base_latency=base_latency
     )
@@ -137,11 +134,19 @@ def check(
 
 
 def find_faults(
-    directory: Path, loaded: LoadedModel, sequences: NDArray[np.int64]
+    directory: Path,
+    loaded: LoadedModel,
+    sequences: NDArray[np.int64],
+    base: tuple[Path, LoadedModel] | None = None,
 ) -> tuple[str, ...]:
-    """Return what is broken about a model's tensors and its outputs on some sequences."""
-    faults = output_faults(loaded.model, sequences[:_LOOKED_AT])
-    return (*weight_faults(directory), *faults)
+    """Return what is broken about a model's tensors and its outputs on some sequences.
+
+    Zeros that the base has, too, are none of its faults.
+    """
+    origin, base_loaded = base or (None, None)
+    base_model = None if base_loaded is None else base_loaded.model
+    faults = output_faults(loaded.model, sequences[:_LOOKED_AT], base_model)
+    return (*weight_faults(directory, origin), *faults)
 
 
 def measure_agreement(
@@ -153,7 +158,9 @@ def measure_agreement(
     """
     half = max(1, (sequences.shape[1] - 1) // 2)
     prompts = sequences[: limits.agreement_prompts, : min(_PROMPT_TOKENS, half)]
-    shares = greedy_agreement(base.model, loaded.model, prompts, min(limits.agreement_tokens, half))
+    num_tokens = min(limits.agreement_tokens, half)
+    kv_caches = (base.kv_cache, loaded.kv_cache)
+    shares = greedy_agreement(base.model, loaded.model, prompts, num_tokens, kv_caches)
     return bootstrapped_mean(shares, samples=limits.bootstrap_samples, seed=limits.seed)
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ConfigError, DataError
-from cluster.storage import resolve_output, verify_directory, write_manifest
+from cluster.storage import resolve_output, verify_directory
 from jobs.compression.encoders import LoadedEncoder, load_encoder
 from jobs.compression.recipe import predicted_bytes
 from jobs.config import EvaluateConfig, GateConfig, Recipe
 from jobs.data.tokenizer import check_fits, load_tokenizer
 from jobs.evaluation.gate import Judged, Verdict
 from jobs.evaluation.health import weight_faults
+from jobs.evaluation.recording import record_verdict
 from jobs.models import _hf
 from jobs.models.encoder import is_encoder, read_config
 
@@ -49,13 +50,10 @@ def evaluate_encoder(config: EvaluateConfig) -> EncoderEvaluation:
     size_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     base_bytes = predicted_bytes(read_config(base), Recipe())
     verdict = judge_distances(
-        distance_N, (size_bytes, base_bytes), config.gate, weight_faults(model)
+        distance_N, (size_bytes, base_bytes), config.gate, weight_faults(model, base)
     )
     if config.record:
-        kept = {key: value for key, value in manifest.items() if key != "files"}
-        kept.pop("self_sha256")
-        metrics = {**kept.get("metrics", {}), **verdict.numbers}
-        write_manifest(model, {**kept, "gate": verdict.model_dump(mode="json"), "metrics": metrics})
+        record_verdict(model, manifest, verdict)
     return EncoderEvaluation(model=model, base=base, verdict=verdict)
 
 

@@ -17,7 +17,7 @@ from jobs.evaluation.cached import CachedReading
 from jobs.evaluation.intervals import Interval, perplexity_increase
 from jobs.models.decoder import Decoder
 
-__all__ = ["Interval", "greedy_reference", "perplexity_increase", "sequence_losses"]
+__all__ = ["Interval", "greedy_reference", "hidden_pass", "perplexity_increase", "sequence_losses"]
 
 _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
 
@@ -40,7 +40,7 @@ def sequence_losses(
     assert sequences.ndim == 2, f"expected [N, T+1] token ids, found shape {sequences.shape}"
     assert sequences.shape[1] >= 2, "a sequence needs an input and a target"
     device = _device(model)
-    hidden = _hidden(model, kv_cache, batch_size, sequences.shape[1] - 1)
+    hidden = hidden_pass(model, kv_cache, batch_size, sequences.shape[1] - 1)
     losses = []
     with torch.inference_mode():
         for start in range(0, len(sequences), batch_size):
@@ -70,7 +70,7 @@ def greedy_reference(
     answer: list[int] = []
     device = _device(model)
     longest = min(len(tokens) + max_tokens, model.config.max_seq_len)
-    hidden = _hidden(model, kv_cache, 1, longest)
+    hidden = hidden_pass(model, kv_cache, 1, longest)
     with torch.inference_mode():
         while len(answer) < max_tokens and len(tokens) < model.config.max_seq_len:
             hidden_BTC = hidden(torch.tensor([tokens], device=device))
@@ -82,10 +82,13 @@ def greedy_reference(
     return answer
 
 
-def _hidden(
+def hidden_pass(
     model: Decoder, kv_cache: KvCache, batch_size: int, seq_len: int
 ) -> Callable[[Tensor], Tensor]:
-    """Return what gives h_BTC after the final norm of tokens_BT, within these sizes."""
+    """Return what gives h_BTC after the final norm of tokens_BT, within these sizes.
+
+    With `kv_cache` int8 attention reads keys and values as a cache rounds them.
+    """
     if kv_cache == "auto":
         return model.hidden
     return CachedReading(model, torch.int8, batch_size, seq_len).hidden

@@ -23,6 +23,7 @@ GROUPED: tuple[Scheme, ...] = tuple(PACKED_BITS)
 # One byte a weight, and a scale per output: the type on disk and in memory.
 CHANNELED: dict[Scheme, torch.dtype] = {"w8a8": torch.int8, "fp8": torch.float8_e4m3fn}
 DEFAULT_GROUP_SIZE = 128
+_COMPUTED_GROUPS = (128, 64, 32)
 FP8_MAX = 448  # largest value of float8_e4m3fn
 _REFERENCE_BLOCK = 256
 _WORD_BITS = 32
@@ -31,13 +32,13 @@ _WORD_MASK = 2**32 - 1
 
 @dataclass(frozen=True)
 class Layout:
-    """How one layer's weight is stored: its scheme and, if that has groups, inputs per scale."""
+    """How one layer's weight is stored: its scheme and inputs per scale; None: all of an output."""
 
     scheme: Scheme
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        assert (self.group_size is not None) == (self.scheme in GROUPED), f"bad layout {self}"
+        assert self.group_size is None or self.scheme in GROUPED, f"bad layout {self}"
 
     def num_groups(self, in_features: int) -> int:
         """Return how many scales one output row has."""
@@ -102,8 +103,17 @@ class QuantizedWeight:
         return replace(self, values_OI=self.values_OI.to(device), scale_OG=self.scale_OG.to(device))
 
     def computable(self) -> "QuantizedWeight":
-        """Return the same weight in a format that operators compute: int3 as int4."""
-        return replace(self, scheme=self.layout.computable().scheme)
+        """Return the same weight in a format that operators compute: int3 as int4, all by group.
+
+        The scale of a channel is repeated for groups of a size that operators take, if one divides.
+        """
+        scheme = self.layout.computable().scheme
+        if scheme not in GROUPED or self.scale_OG.shape[1] > 1:
+            return replace(self, scheme=scheme)
+        columns = self.in_features
+        size = next((s for s in _COMPUTED_GROUPS if columns % s == 0), columns)
+        scale_OG = self.scale_OG.repeat(1, columns // size)
+        return replace(self, scheme=scheme, scale_OG=scale_OG, group_size=size)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight_OI these values stand for."""

@@ -22,10 +22,14 @@ from jobs.compression.methods._protocol import (
 )
 from jobs.compression.text import CalibrationText
 from jobs.config import DecoderConfig
-from jobs.kernels.formats import SCHEMES, Layout
+from jobs.kernels.formats import GROUPED, SCHEMES, Layout
 from jobs.models.decoder import Decoder, build
 from jobs.plugins import load_plugin, plugin_names
 
+FORMATS: list[dict[str, object]] = [
+    *({"scheme": scheme, "group_size": size} for scheme in GROUPED for size in (32, None)),
+    *({"scheme": scheme} for scheme in SCHEMES if scheme not in GROUPED),
+]
 # Options that make a method do something; a new method adds its own line.
 EXAMPLES: dict[str, list[dict[str, object]]] = {
     "awq": [{}, {"num_ratios": 3, "observer": "mse"}],
@@ -43,15 +47,11 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
         },
     ],
     "gptq": [
-        {"scheme": scheme, "group_size": 32, "act_order": act_order}
-        for scheme in SCHEMES
-        for act_order in (True, False)
+        {**format_, "act_order": act_order} for format_ in FORMATS for act_order in (True, False)
     ],
     "magnitude": [{"sparsity": 0.0}, {"sparsity": 0.5}, {"pattern": "2:4"}],
     "rtn": [
-        {"scheme": scheme, "group_size": 32, "observer": observer}
-        for scheme in SCHEMES
-        for observer in ("minmax", "mse")
+        {**format_, "observer": observer} for format_ in FORMATS for observer in ("minmax", "mse")
     ],
     "smoothquant": [{}, {"strength": 0.8}],
     "sparsegpt": [{"sparsity": 0.0}, {"sparsity": 0.5}, {"pattern": "2:4"}],

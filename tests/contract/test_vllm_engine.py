@@ -181,9 +181,13 @@ def test_params_when_resumed_with_what_needs_the_past_are_refused(options):
         params(resumed_tokens=(7,), **options)
 
 
-def test_create_when_int4_is_asked_for_in_float32_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [("w4a16", "bfloat16"), ("w3a16", r"no kernel for w3a16 .*`model\.layers\.0.*w4a16")],
+)
+def test_create_when_vllm_has_no_kernel_is_refused(tmp_path, scheme, words):
     shape = DecoderConfig(vocab_size=300, hidden_size=128, intermediate_size=256, num_layers=1)
-    recipe = Recipe(steps=(Step(method="rtn", options={"scheme": "w4a16"}),))
+    recipe = Recipe(steps=(Step(method="rtn", options={"scheme": scheme}),))
     publish(tmp_path, partial(save_compressed, apply_recipe(build(shape, seed=4), recipe)))
-    with pytest.raises(ConfigError, match="bfloat16"):
+    with pytest.raises(ConfigError, match=words):
         create(tmp_path, {"dtype": "float32"})

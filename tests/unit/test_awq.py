@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
+from jobs.compression.blocks import BlockWork
+from jobs.compression.calibration import CalibrationPass
 from jobs.compression.inputs import InputSums, LayerInputs
 from jobs.compression.methods import awq
 from jobs.compression.methods._protocol import Quantizable
 from jobs.compression.methods._rounding import Observer, find_scale
 from jobs.compression.recipe import apply_recipe
+from jobs.compression.steps import final_layouts, resolve
 from jobs.compression.text import CalibrationText
 from jobs.config import DecoderConfig, Recipe, Step
 from jobs.kernels.formats import Layout, round_to_scale
@@ -63,6 +66,25 @@ def test_squared_error_when_outputs_are_weighed_counts_each_by_its_weight() -> N
     by_output = [float(inputs.squared_error(row[None])) for row in difference_OI]
     expected = sum(w * e for w, e in zip(weight_O.tolist(), by_output, strict=True))
     assert abs(float(inputs.squared_error(difference_OI, weight_O)) / expected - 1) < 1e-5
+
+
+def test_effects_when_inputs_were_scaled_before_are_those_of_the_scaled_block() -> None:
+    text_NT = torch.randint(61, (4, 40), generator=torch.Generator().manual_seed(4))
+    steps = tuple(
+        Step(method=method, options=options)
+        for method, options in (("smoothquant", {}), ("awq", {"num_ratios": 1}), ("rtn", {}))
+    )
+    actions = resolve(Recipe(steps=steps), CONFIG)
+    part = [name for name in actions[0].layers if ".layers.0." in name]
+    found, expected = {}, {}
+    for num_steps, effects in ((0, expected), (1, expected), (3, found)):
+        work = BlockWork(build(CONFIG, seed=0), final_layouts(actions))
+        with CalibrationPass(work.model, text_NT) as text:
+            work.run(actions[:num_steps], part, text)
+            effects[num_steps] = work.effects if num_steps == 3 else text.effects(part)
+    value = "model.layers.0.self_attn.v_proj"
+    assert torch.equal(found[3][value], expected[1][value])
+    assert not torch.allclose(found[3][value], expected[0][value], rtol=0.01)
 
 
 def test_scale_when_the_observer_is_unset_is_tried_as_the_later_step_rounds() -> None:

@@ -1,13 +1,16 @@
 """Calibration: what the text feeds each layer, block by block, in memory or on disk."""
 
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs.compression.calibration import CalibrationPass
+from cluster.errors import StorageError
+from jobs.compression.calibration import CalibrationPass, Scratch
 from jobs.compression.inputs import LayerInputs
+from jobs.compression.recipe import apply_recipe
 from jobs.compression.shared_inputs import (
     HEAD,
     divide_input,
@@ -15,7 +18,8 @@ from jobs.compression.shared_inputs import (
     group_of,
     shared_inputs,
 )
-from jobs.config import DecoderConfig
+from jobs.compression.text import CalibrationText
+from jobs.config import DecoderConfig, Recipe, Step
 from jobs.models.decoder import Decoder, build, linear_names
 
 CONFIG = DecoderConfig(
@@ -70,9 +74,7 @@ def test_calibration_in_memory_and_on_disk_sees_what_a_whole_pass_sees(
 ) -> None:
     text_NT = example_text(length=40)
     expected = whole_pass(example_model(), text_NT)
-    with CalibrationPass(
-        example_model(), text_NT, memory_bytes=memory_bytes, folder=tmp_path
-    ) as text:
+    with CalibrationPass(example_model(), text_NT, Scratch(tmp_path, memory_bytes)) as text:
         assert bool(list(tmp_path.iterdir())) is (memory_bytes == 0)
         for block in range(CONFIG.num_layers):
             names = [f"model.layers.{block}.{layer}" for layer in LAYERS]
@@ -81,6 +83,50 @@ def test_calibration_in_memory_and_on_disk_sees_what_a_whole_pass_sees(
             text.advance()
         assert_alike(text.observe([HEAD])[HEAD], expected[HEAD])
     assert not list(tmp_path.iterdir())
+
+
+def test_calibration_when_the_disk_does_not_hold_the_states_says_so(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # A file may not grow, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=rf"keeping 35,840 bytes of states in {tmp_path}"):
+            CalibrationPass(example_model(), example_text(length=40), Scratch(tmp_path, 0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_when_states_go_to_disk_has_all_of_it_from_the_start(tmp_path: Path) -> None:
+    def blocks_bytes() -> list[int]:
+        return [path.stat().st_blocks * 512 for path in tmp_path.glob("*/states")]
+
+    scratch = Scratch(tmp_path, memory_bytes=0)
+    with CalibrationPass(example_model(), example_text(length=40), scratch):
+        assert blocks_bytes() == [pytest.approx(35_840, abs=4096)]
+
+
+def test_recipe_when_states_are_many_keeps_them_where_it_is_told(tmp_path: Path) -> None:
+    seen = []
+    recipe = Recipe(steps=(Step(method="wanda", options={"sparsity": 0.5}),))
+    text = CalibrationText.of(example_text(length=40))
+
+    def listen(what: str, done: int, total: int) -> None:
+        seen.append(len(list(tmp_path.glob("*/states"))))
+
+    apply_recipe(example_model(), recipe, text, listen, scratch=Scratch(tmp_path, 0))
+    assert set(seen) == {1}
+    assert not list(tmp_path.iterdir())
+
+
+def test_observe_of_the_head_computes_no_logits() -> None:
+    model = example_model()
+    with CalibrationPass(model, example_text(length=40)) as text:
+        for _ in range(CONFIG.num_layers):
+            text.advance()
+        ran: list[nn.Module] = []
+        model.lm_head.register_forward_hook(lambda module, _, __: ran.append(module))
+        assert text.observe([HEAD])[HEAD].num_tokens == 280
+    assert ran == []
 
 
 def test_calibration_when_text_goes_in_several_batches_sees_all_of_it() -> None:

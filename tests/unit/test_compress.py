@@ -15,7 +15,7 @@ from cluster.errors import (
     RecipeError,
     VersionExistsError,
 )
-from cluster.storage import staged_directory, verify_directory
+from cluster.storage import read_manifest, staged_directory, verify_directory, write_manifest
 from jobs.compress import compress, main, plan_rows
 from jobs.compression.packing import load_model
 from jobs.config import CalibrationConfig, CompressConfig, DecoderConfig, Recipe, Step
@@ -170,6 +170,33 @@ def test_compress_when_text_is_of_another_tokenizer_is_refused(
     vocab[first], vocab[second] = vocab[second], vocab[first]
     path.write_text(json.dumps(document))
     with pytest.raises(DataError, match="tokenized by another tokenizer"):
+        plan_rows(calibrated(speaker, tiny_data))
+
+
+@pytest.mark.parametrize("whose", ["model", "text"])
+def test_plan_when_a_tokenizer_is_missing_warns_of_what_cannot_be_compared(
+    speaker: Path, tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, whose: str
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    path = (speaker if whose == "model" else data / "tokenizer") / "tokenizer.json"
+    plan_rows(calibrated(speaker, data))
+    assert caplog.text == ""
+    path.unlink()
+    for folder in (speaker, data):
+        manifest = {k: v for k, v in read_manifest(folder).items() if k != "self_sha256"}
+        write_manifest(folder, manifest)
+    plan_rows(calibrated(speaker, data))
+    assert f"{path} does not exist: whether the ids" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_plan_when_a_tokenizer_is_damaged_is_refused(
+    speaker: Path, tiny_data: Path, content: str
+) -> None:
+    path = speaker / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=rf"{path} is damaged, so that .* Restore it"):
         plan_rows(calibrated(speaker, tiny_data))
 
 

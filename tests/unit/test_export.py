@@ -9,11 +9,13 @@ import pytest
 from tiny_models import decoder_config
 
 import raysmith
+from cluster.errors import VersionExistsError
 from cluster.storage import staged_directory
 from jobs.compression.packing import save_compressed
 from jobs.compression.recipe import apply_recipe
 from jobs.config import Recipe, Step
 from jobs.data.tokens import open_split
+from jobs.export import ExportFormat, export_model
 from jobs.models.decoder import build
 
 
@@ -53,6 +55,20 @@ def test_export_when_it_can_be_expressed_writes_the_file(
     assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
     assert sum(values["tensors"].values()) == len(kinds)
     assert [each.name for each in path.parent.iterdir()] == ["m.gguf"]
+
+
+def test_export_when_another_writes_the_same_file_meanwhile_leaves_that_whole(home: Path) -> None:
+    target, found = home / "m.gguf", []
+
+    def be_overtaken(done: int, total: int) -> None:
+        if done == 2 and not target.exists():
+            export_model("w8a8", ExportFormat.GGUF_Q8_0, str(target))
+            found.append(target.read_bytes())
+
+    with pytest.raises(VersionExistsError, match="never overwritten"):
+        export_model("w8a8", ExportFormat.GGUF_BF16, str(target), progress=be_overtaken)
+    assert [target.read_bytes()] == found
+    assert not [path.name for path in home.iterdir() if path.name.endswith(".tmp")]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,20 @@ def test_values_when_packed_equal_compressed_tensors_and_unpack(
     assert torch.equal(unpack_values(packed_OW, columns, num_bits), values_OI)
 
 
+@pytest.mark.parametrize(("columns", "size"), [(256, 128), (192, 64), (96, 32), (40, 40)])
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "w3a16"])
+def test_computable_when_scales_are_by_channel_gives_groups_that_operators_take(
+    scheme: str, columns: int, size: int
+) -> None:
+    layout = Layout(scheme)  # type: ignore[arg-type]  # parametrized text
+    weight_OI = torch.randn(5, columns, generator=torch.Generator().manual_seed(1))
+    weight = round_to_scale(weight_OI, weight_OI.abs().amax(dim=1, keepdim=True) / 7, layout)
+    assert (weight.group_size, weight.scale_OG.shape) == (None, (5, 1))
+    found = weight.computable()
+    assert found.layout == Layout("w4a8" if scheme == "w4a8" else "w4a16", size)
+    assert torch.equal(found.dequantize(), weight.dequantize())
+
+
 @pytest.mark.parametrize("layout", [Layout("w8a8"), Layout("w4a16", 16)])
 def test_rounding_when_at_scale_errs_at_most_half_a_step(layout: Layout) -> None:
     weight_OI = torch.randn(6, 48, generator=torch.Generator().manual_seed(1))

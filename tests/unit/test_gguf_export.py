@@ -10,13 +10,14 @@ import pytest
 import torch
 from tiny_models import decoder_config
 
-from cluster.errors import IntegrityError, ModelFormatError
-from cluster.storage import staged_directory
+from cluster.errors import ModelFormatError, TokenizerError
+from cluster.storage import staged_directory, write_manifest
 from jobs.compression.gguf_export import export_gguf
 from jobs.compression.packing import save_compressed
 from jobs.compression.recipe import Compressed, apply_recipe
 from jobs.config import KvCache, Recipe, Step
 from jobs.data.tokens import open_split
+from jobs.kernels.formats import GROUPED
 from jobs.models.decoder import build
 
 PARTS = {
@@ -28,7 +29,8 @@ PARTS = {
 
 
 def quantize(scheme: str, *targets: str, group_size: int = 32) -> Step:
-    options = {"scheme": scheme, "group_size": group_size}
+    groups = {"group_size": group_size} if scheme in GROUPED else {}
+    options = {"scheme": scheme, **groups}
     return Step(method="rtn", targets=targets or ("*",), options=options)
 
 
@@ -50,6 +52,13 @@ def publish(
         for path in (data / "tokenizer").iterdir():
             shutil.copyfile(path, staging / path.name)
     return compressed
+
+
+def change_tokenizer(folder: Path, **changes: object) -> None:
+    """Write another tokenizer.json into a model directory, and its digest into the manifest."""
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    write_manifest(folder, {"kind": "model"})
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -147,9 +156,32 @@ def test_export_when_the_tokenizer_cuts_text_otherwise_is_refused(
     tmp_path: Path, tiny_data: Path
 ) -> None:
     publish(tmp_path / "model", tiny_data, quantize("w8a8"))
-    path = tmp_path / "model" / "tokenizer.json"
-    document = json.loads(path.read_text())
-    document["pre_tokenizer"] = {"type": "Whitespace"}
-    path.write_text(json.dumps(document))
-    with pytest.raises(IntegrityError):
+    change_tokenizer(tmp_path / "model", pre_tokenizer={"type": "Whitespace"})
+    with pytest.raises(ModelFormatError, match="byte-level BPE"):
         export_gguf(tmp_path / "model", tmp_path / "model.gguf")
+
+
+def test_export_when_the_tokenizer_has_ids_that_the_model_lacks_is_refused(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    publish(tmp_path / "model", tiny_data, quantize("w8a8"))
+    document = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    added = {**document["added_tokens"][0], "id": 70_000, "content": "<|more|>"}
+    change_tokenizer(tmp_path / "model", added_tokens=[*document["added_tokens"], added])
+    with pytest.raises(TokenizerError, match=r"tokenizer has \d+ tokens and .*vocab_size is"):
+        export_gguf(tmp_path / "model", tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_export_says_to_begin_as_the_tokenizer_does(
+    tmp_path: Path, tiny_data: Path, *, adds_bos: bool
+) -> None:
+    publish(tmp_path / "model", tiny_data, quantize("w8a8"))
+    if not adds_bos:
+        change_tokenizer(tmp_path / "model", post_processor=None)
+    export_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    field = reader.get_field("tokenizer.ggml.add_bos_token")
+    assert field is not None
+    assert field.contents() is adds_bos
+    assert reader.get_field("tokenizer.ggml.bos_token_id") is not None

@@ -13,6 +13,7 @@ from jobs.compression.recipe import apply_recipe
 from jobs.config import DecoderConfig, Recipe, Step
 from jobs.evaluation.quality import greedy_reference
 from jobs.kernels.block_cache import BlockCache
+from jobs.kernels.formats import GROUPED
 from jobs.models.decoder import Decoder, build
 from serving.engines._protocol import EngineInfo, GenerateRequest
 from serving.engines.native.answers import Vocabulary
@@ -109,7 +110,7 @@ class Session:
 
 
 def model_of(tmp_path, scheme: str = "bf16", device="cpu", dtype=torch.float32) -> Decoder:
-    options = {"scheme": scheme, "group_size": 64}
+    options = {"scheme": scheme} | ({"group_size": 64} if scheme in GROUPED else {})
     recipe = Recipe(steps=(Step(method="rtn", options=options),))
     save_compressed(apply_recipe(build(SHAPE, seed=5), recipe), tmp_path)
     return load_model(tmp_path, dtype=dtype, device=device, verify=False).model

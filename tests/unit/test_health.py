@@ -8,11 +8,14 @@ import torch
 
 from jobs.compression.packing import load_model, save_compressed
 from jobs.compression.recipe import apply_recipe
-from jobs.config import DecoderConfig, Recipe, Step
+from jobs.compression.text import CalibrationText
+from jobs.config import DecoderConfig, KvCache, Recipe, Step
 from jobs.evaluation.agreement import continue_greedily, greedy_agreement
 from jobs.evaluation.health import output_faults, weight_faults
 from jobs.evaluation.intervals import bootstrapped_mean, median_ratio
 from jobs.evaluation.quality import greedy_reference
+from jobs.kernels.formats import GROUPED
+from jobs.kernels.memory import StoredEmbedding
 from jobs.models.decoder import Decoder, build
 
 CONFIG = DecoderConfig(
@@ -41,7 +44,8 @@ def _spoilt(layer: str, value: float, *, whole: bool) -> Decoder:
 def test_weight_faults_when_a_layer_is_zero_names_it_in_every_format(
     scheme: str, tmp_path: Path
 ) -> None:
-    recipe = Recipe(steps=(Step(method="rtn", options={"scheme": scheme, "group_size": 64}),))
+    groups = {"group_size": 64} if scheme in GROUPED else {}
+    recipe = Recipe(steps=(Step(method="rtn", options={"scheme": scheme, **groups}),))
     for folder, model in (("good", build(CONFIG, seed=0)), ("bad", _spoilt(DOWN, 0, whole=True))):
         (tmp_path / folder).mkdir()
         save_compressed(apply_recipe(model, recipe), tmp_path / folder)
@@ -96,6 +100,56 @@ def test_greedy_agreement_when_models_are_equal_or_not_says_so() -> None:
     base = build(CONFIG, seed=0)
     assert (greedy_agreement(base, build(CONFIG, seed=0), TEXT, 6) == 1.0).all()
     assert greedy_agreement(base, build(CONFIG, seed=1), TEXT, 6).mean() < 0.5
+
+
+@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
+def test_continue_greedily_when_the_cache_is_given_equals_the_reference_that_rounds_so(
+    kv_cache: KvCache,
+) -> None:
+    model = build(CONFIG.replace(initializer_range=0.5), seed=0)
+    found_KT = continue_greedily(model, torch.from_numpy(TEXT), 16, kv_cache)
+    for prompt, found in zip(TEXT.tolist(), found_KT.tolist(), strict=True):
+        assert found == greedy_reference(model, prompt, 16, kv_cache=kv_cache)
+
+
+def test_greedy_agreement_when_one_cache_rounds_tells_its_choices_apart() -> None:
+    model = build(CONFIG.replace(initializer_range=0.5), seed=0)
+    text = np.random.default_rng(1).integers(0, 64, size=(32, 12))
+    small: tuple[KvCache, KvCache] = ("int8", "int8")
+    assert (greedy_agreement(model, model, text, 32, small) == 1.0).all()
+    assert greedy_agreement(model, model, text, 32, ("auto", "int8")).mean() < 1.0
+
+
+def test_continue_greedily_when_the_embedding_is_stored_narrow_caches_in_the_norms_type() -> None:
+    model = build(CONFIG.replace(initializer_range=0.5), seed=0)
+    weight = model.model.embed_tokens.weight.detach().bfloat16()
+    model.model.embed_tokens = StoredEmbedding(weight, torch.float32)
+    text = np.random.default_rng(2).integers(0, 64, size=(32, 12))
+    found_KT = continue_greedily(model, torch.from_numpy(text), 32)
+    for prompt, found in zip(text.tolist(), found_KT.tolist(), strict=True):
+        assert found == greedy_reference(model, prompt, 32)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_faults_when_the_base_has_the_same_zeros_are_none(tmp_path: Path, first: int) -> None:
+    recipe = Recipe(
+        steps=(
+            *([Step(method="depth", options={"num_blocks": 1, "first": 0})] if first else []),
+            Step(method="rtn", options={"scheme": "w4a16", "group_size": 64}),
+        )
+    )
+    models = (_spoilt(DOWN, 0, whole=True), Recipe()), (_spoilt(DOWN, 0, whole=True), recipe)
+    for folder, (model, steps) in zip(("base", "small"), models, strict=True):
+        (tmp_path / folder).mkdir()
+        text = CalibrationText.of(torch.from_numpy(TEXT))
+        save_compressed(apply_recipe(model, steps, text), tmp_path / folder)
+    base, small = (load_model(tmp_path / f, verify=False).model for f in ("base", "small"))
+    assert any("all zeros" in each for each in weight_faults(tmp_path / "small"))
+    assert weight_faults(tmp_path / "small", tmp_path / "base") == []
+    assert any("nothing but zeros" in each for each in output_faults(small, TEXT))
+    assert output_faults(small, TEXT, base) == []
+    sound = build(CONFIG, seed=0)
+    assert output_faults(small, TEXT, sound) == output_faults(small, TEXT)
 
 
 def test_median_ratio_when_one_round_is_interrupted_is_not_moved() -> None:

@@ -14,7 +14,9 @@ from cluster.errors import IntegrityError, ModelFormatError
 from cluster.storage import staged_directory
 from jobs.compression.packing import load_model, save_compressed
 from jobs.compression.recipe import Compressed, apply_recipe, predicted_bytes
+from jobs.compression.text import CalibrationText
 from jobs.config import DecoderConfig, Recipe, Step
+from jobs.kernels.formats import Layout
 from jobs.models.decoder import build, save
 
 SHAPES = ("llama", "qwen2", "qwen3", "mistral")
@@ -23,6 +25,10 @@ FP8 = Step(method="rtn", options={"scheme": "fp8"})
 INT4 = Step(method="rtn", options={"scheme": "w4a16", "group_size": 32})
 INT3 = Step(method="rtn", options={"scheme": "w3a16", "group_size": 32})
 INT4_INT8 = Step(method="rtn", options={"scheme": "w4a8", "group_size": 32})
+CHANNELS = tuple(
+    step.replace(options={"scheme": step.options["scheme"], "group_size": None})
+    for step in (INT4, INT3, INT4_INT8)
+)
 MIXED = (INT4, INT8.replace(targets=("*.mlp.down_proj",)))
 RECIPES = {
     "int8": Recipe(steps=(INT8,)),
@@ -33,6 +39,9 @@ RECIPES = {
     "partly": Recipe(steps=(INT8.replace(targets=("*layers.0*",)),)),
     "int4 weights, int8 inputs": Recipe(steps=(INT4_INT8,)),
     "head": Recipe(steps=(INT4_INT8, INT8.replace(targets=("lm_head",)))),
+    "int4 by channel": Recipe(steps=CHANNELS[:1]),
+    "int3 by channel": Recipe(steps=CHANNELS[1:2]),
+    "int4 by channel, int8 inputs": Recipe(steps=CHANNELS[2:]),
     "dense": Recipe(),
 }
 
@@ -156,6 +165,27 @@ def test_config_when_model_has_one_format_targets_the_class(tmp_path: Path) -> N
     assert document["format"] == "int-quantized"
     assert document["config_groups"]["group_0"]["targets"] == ["Linear"]
     assert document["ignore"] == ["lm_head"]
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize(("scheme", "bits"), [("w4a16", 4), ("w4a8", 4), ("w3a16", 3)])
+def test_config_when_scales_are_by_channel_says_so_and_has_one_a_row(
+    method: str, scheme: str, bits: int, tmp_path: Path
+) -> None:
+    step = Step(method=method, options={"scheme": scheme, "group_size": None})
+    model = build(decoder_config(), seed=0)
+    text = CalibrationText.of(torch.randint(0, 61, (16, 16)))
+    compressed = apply_recipe(model, Recipe(steps=(step,)), text)
+    save_compressed(compressed, tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    weights = document["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["strategy"]) == (bits, "channel")
+    assert weights["group_size"] is None
+    layer = "model.layers.0.mlp.down_proj"
+    rows, _ = model.get_submodule(layer).weight.shape
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors[f"{layer}.weight_scale"].shape == (rows, 1)
+    assert compressed.quantized[layer].layout == Layout(scheme)  # type: ignore[arg-type]  # parametrized text
 
 
 def test_config_when_formats_are_mixed_names_every_layer(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Recipes: which layers a step reaches, which step wins, and what is refused."""
 
+import gc
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from cluster.errors import RecipeError
 from jobs.compression.recipe import apply_recipe, layouts, predicted_bytes
 from jobs.compression.text import CalibrationText
 from jobs.config import DecoderConfig, Recipe, Step
-from jobs.kernels.formats import Layout
+from jobs.kernels.formats import GROUPED, Layout
 from jobs.models.decoder import Decoder, build, linear_names
 
 CONFIG = DecoderConfig(
@@ -16,7 +18,8 @@ CONFIG = DecoderConfig(
 
 
 def quantize(scheme: str, *targets: str, group_size: int = 32) -> Step:
-    options = {"scheme": scheme, "group_size": group_size}
+    groups = {"group_size": group_size} if scheme in GROUPED else {}
+    options = {"scheme": scheme, **groups}
     return Step(method="rtn", targets=targets or ("*",), options=options)
 
 
@@ -81,6 +84,37 @@ def test_recipe_when_pruning_follows_quantizing_is_refused() -> None:
         apply_recipe(build(CONFIG, seed=0), recipe)
 
 
+def test_recipe_when_pruning_follows_a_step_that_left_layers_dense_prunes_them() -> None:
+    steps = (quantize("w8a8"), quantize("bf16", "*q_proj"), prune(0.5, "*q_proj"))
+    compressed = apply_recipe(build(CONFIG, seed=0), Recipe(steps=steps))
+    layer = "model.layers.1.self_attn.q_proj"
+    assert compressed.scheme_of(layer) == "bf16"
+    assert (weight_of(compressed.model, layer) == 0).float().mean() == 0.5
+
+
+def test_plan_when_a_pattern_does_not_divide_names_the_layer() -> None:
+    steps = (step("wanda", pattern="2:4"), step("magnitude", "*down_proj", pattern="4:64"))
+    words = r"step 2 \(magnitude\): pattern=4:64 .* 96 inputs of `model\.layers\.0\.mlp\.down_proj`"
+    with pytest.raises(RecipeError, match=words):
+        predicted_bytes(CONFIG, Recipe(steps=steps))
+
+
+def test_recipe_when_the_last_repair_is_done_holds_the_dense_model_no_longer() -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(each), Decoder) for each in gc.get_objects())
+
+    before, heard = alive(), {}
+    repair = step("distill", num_tokens=64, batch_size=2, seq_len=8, precision="fp32")
+    recipe = Recipe(steps=(prune(0.5), repair, step("gptq", scheme="w8a8")))
+
+    def listen(what: str, done: int, total: int) -> None:
+        heard[what.partition(",")[0]] = alive() - before
+
+    apply_recipe(build(CONFIG, seed=0), recipe, TEXT, listen)
+    assert heard == {"step 2 (distill)": 2, "blocks": 1}
+
+
 def test_recipe_when_target_matches_nothing_lists_close_names() -> None:
     recipe = Recipe(steps=(quantize("w8a8", "model.layers.0.mlp.down_prj"),))
     with pytest.raises(RecipeError, match=r"down_prj.*matches no.*model.layers.0.mlp.down_proj"):
@@ -111,6 +145,9 @@ def test_recipe_when_method_is_unknown_lists_methods() -> None:
         ({"shceme": "w8a8"}, "did you mean `scheme`"),
         ({"scheme": "w3a16"}, "scheme"),
         ({"scheme": "w4a16", "group_size": 48}, "power of 2"),
+        ({"scheme": "w8a8", "group_size": 64}, "w8a8 has no groups and group_size=64.*Leave it"),
+        ({"scheme": "bf16", "group_size": 128}, "bf16 has no groups"),
+        ({"group_size": None}, "w8a8 has no groups and group_size=None"),
     ],
 )
 def test_recipe_when_an_option_is_wrong_names_it(options: dict[str, object], words: str) -> None:
@@ -236,7 +273,18 @@ def test_recipe_when_there_is_no_text_says_to_give_some(
             (step("smoothquant", "lm_head"), quantize("w8a8", "lm_head")),
             "nothing can scale.*`lm_head`",
         ),
-        ((step("wanda", pattern="3:5"),), r"step 1 \(wanda\), `model.*3:5 does not divide 64"),
+        (
+            (step("wanda", pattern="3:5"),),
+            r"step 1 \(wanda\): pattern=3:5 .* 64 inputs of `model\.layers\.0\.",
+        ),
+        (
+            (step("awq"), step("depth", num_blocks=1), quantize("w8a8")),
+            r"step 1 \(awq\).*step 2 \(depth\).*Put depth/width before awq/smoothquant",
+        ),
+        (
+            (step("smoothquant"), step("width", intermediate_size=64), quantize("w8a8")),
+            r"step 1 \(smoothquant\).*step 2 \(width\).*Put depth/width before",
+        ),
     ],
 )
 def test_recipe_when_a_step_cannot_be_applied_says_which_and_why(

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from ray import serve
 
 from cluster.config import parse_config
-from cluster.errors import LedgerError, ModelNotFoundError
+from cluster.errors import ConfigError, LedgerError, ModelNotFoundError
 from cluster.storage import staged_directory
 from jobs.registry import Registry
 from serving.app import EngineArgs, ServeArgs, build, build_engine
@@ -55,6 +55,13 @@ def test_build_engine_when_it_scales_gives_an_application(folder: Path):
 def test_build_engine_when_the_model_is_unknown_is_refused(folder: Path):
     with pytest.raises(ModelNotFoundError, match="large"):
         build_engine(engine_args(folder, model="large@production"))
+
+
+def test_build_engine_when_the_directory_does_not_exist_is_refused(folder: Path):
+    with pytest.raises(ConfigError, match=r"`directory` = .*nowhere: there is no directory"):
+        build_engine(engine_args(folder, directory=str(folder / "nowhere")))
+    found = build_engine(engine_args(folder, directory=str(folder / "source")))
+    assert isinstance(found, serve.Application)
 
 
 def test_build_when_the_ledger_can_be_opened_gives_an_application(folder: Path):

@@ -90,9 +90,9 @@ def test_operate_when_the_hessian_is_no_hessian_says_what_to_do() -> None:
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize(("scheme", "group_size"), [("w4a16", 16), ("w4a8", 16), ("w8a8", 16)])
+@pytest.mark.parametrize(("scheme", "group_size"), [("w4a16", 16), ("w4a8", 16), ("w8a8", None)])
 def test_gptq_leaves_outputs_nearer_than_rounding_to_nearest(
-    scheme: str, group_size: int, *, act_order: bool
+    scheme: str, group_size: int | None, *, act_order: bool
 ) -> None:
     draws = torch.Generator().manual_seed(3)
     weight_OI = torch.randn(32, 48, generator=draws)
@@ -100,7 +100,7 @@ def test_gptq_leaves_outputs_nearer_than_rounding_to_nearest(
     sums.add(torch.randn(500, 6, generator=draws) @ torch.randn(6, 48, generator=draws))
     sums.add(0.3 * torch.randn(500, 48, generator=draws))
     inputs = sums.moments()
-    options = {"scheme": scheme, "group_size": group_size}
+    options = {"scheme": scheme} | ({"group_size": group_size} if group_size else {})
     nearest = rtn.apply(weight_OI, rtn.Options.model_validate(options))
     made_up = gptq.apply_calibrated(
         weight_OI, inputs, gptq.Options.model_validate({**options, "act_order": act_order})
@@ -117,6 +117,17 @@ def test_gptq_when_weights_were_pruned_leaves_them_zero() -> None:
         padded = torch.nn.functional.pad(pruned, (0, 8))
         found = gptq.apply_calibrated(padded, _padded(inputs, 8), options).weight_OI
         assert (found[padded == 0] == 0).all()
+
+
+def test_gptq_in_order_when_a_group_was_pruned_finds_its_scale_from_what_is_left() -> None:
+    weight_OI, inputs = example()
+    weight_OI = torch.nn.functional.pad(weight_OI, (0, 8))
+    weight_OI[:, 16] *= 0.01
+    weight_OI[:, 17:32] = 0.0
+    options = gptq.Options(scheme="w4a16", group_size=16, act_order=False, observer="minmax")
+    found = gptq.apply_calibrated(weight_OI, _padded(inputs, 8), options).quantized
+    assert found is not None
+    assert (found.values_OI[:, 16].abs() == 7).all()  # the only one left is its group's largest
 
 
 def test_gptq_when_inputs_do_not_depend_on_each_other_is_rounding_to_nearest() -> None:
@@ -146,11 +157,23 @@ def test_sparsegpt_leaves_outputs_nearer_than_wanda_at_the_same_sparsity() -> No
     assert error < 0.8 * inputs.squared_error(zeroed - weight_OI)
 
 
-def test_sparsegpt_when_weights_are_zero_already_counts_them_as_pruned() -> None:
+@pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"pattern": "2:4"}])
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_sparsegpt_when_weights_are_zero_already_counts_them_as_pruned(
+    options: dict[str, object], share: float
+) -> None:
     weight_OI, inputs = example()
-    once = sparsegpt.apply_calibrated(weight_OI, inputs, sparsegpt.Options(sparsity=0.5)).weight_OI
-    twice = sparsegpt.apply_calibrated(once, inputs, sparsegpt.Options(sparsity=0.5)).weight_OI
-    assert torch.equal(twice, once)
+    if options == {"pattern": "2:4"} and share == 0.5:
+        first = sparsegpt.Options(pattern="2:4")
+    else:
+        first = sparsegpt.Options(sparsity=share)
+    once = sparsegpt.apply_calibrated(weight_OI, inputs, first).weight_OI
+    parsed = sparsegpt.Options.model_validate(options)
+    twice = sparsegpt.apply_calibrated(once, inputs, parsed).weight_OI
+    assert (twice[once == 0] == 0).all()
+    assert (twice != 0).sum() <= (once != 0).sum()
+    if share == 0.5:
+        assert torch.equal(twice, once)
 
 
 def _padded(inputs: LayerInputs, more: int) -> LayerInputs:

@@ -23,6 +23,7 @@ from jobs.evaluation.agreement import continue_greedily
 from jobs.evaluation.latency import decode_latency
 from jobs.evaluation.quality import greedy_reference
 from jobs.kernels import native
+from jobs.kernels.formats import GROUPED
 from jobs.models._fused import FusedDecoder
 from jobs.models.decoder import build, load, save
 from jobs.plan import count_parameters
@@ -34,7 +35,8 @@ NARROWED = Step(method="width", options={"intermediate_sizes": [96, 64, 32]})
 
 
 def rounded(scheme: str) -> Step:
-    return Step(method="rtn", options={"scheme": scheme, "group_size": 32})
+    groups: dict[str, object] = {"group_size": 32} if scheme in GROUPED else {}
+    return Step(method="rtn", options={"scheme": scheme, **groups})
 
 
 def test_logits_when_blocks_differ_equal_a_uniform_model_filled_up_with_zeros() -> None:

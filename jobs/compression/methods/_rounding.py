@@ -32,17 +32,23 @@ class RoundingOptions(StrictModel):
     scheme: Scheme = Field(
         "w8a8", description="bf16 (leave dense), w8a8, fp8, w4a16, w4a8 or w3a16."
     )
-    group_size: int = Field(
+    group_size: int | None = Field(
         DEFAULT_GROUP_SIZE,
         ge=16,
-        description="int4, int3: inputs that share a scale; a power of 2.",
+        description="int4, int3: inputs that share a scale, a power of 2; null: all of an output.",
     )
     observer: Observer = Field("mse", description="How a scale is chosen.")
 
     @model_validator(mode="after")
     def _check_group_size(self) -> Self:
-        if self.group_size & (self.group_size - 1):
-            raise ValueError(f"group_size={self.group_size} is not a power of 2")
+        size = self.group_size
+        if self.scheme not in GROUPED and "group_size" in self.model_fields_set:
+            raise ValueError(
+                f"scheme={self.scheme} has no groups and group_size={size} would say nothing. "
+                f"Leave it out; it is for {', '.join(GROUPED)}"
+            )
+        if size is not None and size & (size - 1):
+            raise ValueError(f"group_size={size} is not a power of 2")
         return self
 
     def chosen_layout(self) -> Layout:

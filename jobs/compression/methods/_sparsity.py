@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from cluster.config import StrictModel
-from cluster.errors import RecipeError
 
 _PATTERN = re.compile(r"(\d+):(\d+)")
 
@@ -48,7 +47,7 @@ class SparsityOptions(StrictModel):
 def kept_by_rows(score_OI: Tensor, options: SparsityOptions) -> Tensor:
     """Return which weights stay: in every row, or every M of a row, those of the highest scores.
 
-    A share is rounded down to whole weights of a row. Raises RecipeError if M does not divide.
+    A share is rounded down to whole weights of a row. M divides the inputs.
     """
     if options.kept_of is not None:
         return kept_by_pattern(score_OI, *options.kept_of)
@@ -59,11 +58,7 @@ def kept_by_rows(score_OI: Tensor, options: SparsityOptions) -> Tensor:
 
 def kept_by_pattern(score_OI: Tensor, kept: int, of: int) -> Tensor:
     """Return which weights stay: `kept` of every `of` consecutive ones in a row."""
-    if score_OI.shape[1] % of:
-        raise RecipeError(
-            f"pattern={kept}:{of} does not divide {score_OI.shape[1]} inputs. Choose another "
-            "pattern, or `sparsity`."
-        )
+    assert score_OI.shape[1] % of == 0, f"{kept}:{of} of {score_OI.shape[1]} inputs: not refused"
     score_OGM = score_OI.unflatten(1, (-1, of))
     return _all_but_lowest(score_OGM, of - kept).flatten(1)
 

@@ -16,10 +16,8 @@ from torch import Tensor
 from jobs.compression.inputs import LayerInputs
 from jobs.compression.methods._protocol import LayerResult
 from jobs.compression.methods._rounding import Observer, RoundingOptions, find_scale
-from jobs.compression.surgeon import operate
+from jobs.compression.surgeon import BLOCK, operate
 from jobs.kernels.formats import CHANNELED, Layout, QuantizedWeight, round_values_
-
-_BLOCK = 128
 
 
 class Options(RoundingOptions):
@@ -52,7 +50,7 @@ def apply_calibrated(weight_OI: Tensor, inputs: LayerInputs, options: Options) -
         inputs.gram_II[order_I][:, order_I],
         rule,
         damping=options.damping,
-        block=max(_BLOCK, chosen.group_size or 0),
+        block=max(BLOCK, chosen.group_size or 0),
     )
     del settled_OI  # The rule holds the integers that it stands for.
     values_OI = torch.empty_like(rule.values_OI).index_copy_(1, order_I, rule.values_OI)
@@ -96,7 +94,9 @@ class _Rounding:
         group, size = self._group_I[column], self._chosen.group_size
         if self._renews and size is not None and column % size == 0:
             place = column - self._start
+            # Pruned weights took over errors as well, but none of that will be stored.
             weight_OS = self._weight_OB[:, place : place + size]
+            weight_OS = weight_OS * self._is_kept_OI[:, column : column + size]
             self.scale_OG[:, group] = find_scale(weight_OS, self._chosen, self._observer)[:, 0]
         scale_O = self.scale_OG[:, group]
         value_O = round_values_(weight_O / scale_O, self._chosen.scheme)

@@ -17,10 +17,8 @@ from torch import Tensor
 from jobs.compression.inputs import LayerInputs
 from jobs.compression.methods._protocol import LayerResult
 from jobs.compression.methods._sparsity import SparsityOptions, kept_by_pattern
-from jobs.compression.surgeon import operate
+from jobs.compression.surgeon import BLOCK, operate
 from jobs.kernels.formats import Layout
-
-_BLOCK = 128
 
 
 class Options(SparsityOptions):
@@ -38,9 +36,9 @@ def layout(options: Options) -> Layout | None:
 
 def apply_calibrated(weight_OI: Tensor, inputs: LayerInputs, options: Options) -> LayerResult:
     """Zero the weights whose loss costs least, and change the others to make up for it."""
-    block = _BLOCK
+    block = BLOCK
     if options.kept_of is not None:
-        block = -(-_BLOCK // options.kept_of[1]) * options.kept_of[1]
+        block = -(-BLOCK // options.kept_of[1]) * options.kept_of[1]
     rule = _Pruning(weight_OI == 0, options)
     return LayerResult(
         operate(weight_OI, inputs.gram_II, rule, damping=options.damping, block=block)
@@ -57,17 +55,19 @@ class _Pruning:
     def enter(self, start: int, weight_OB: Tensor, diagonal_B: Tensor) -> None:
         score_OB = (weight_OB / diagonal_B).square_()
         score_OB[self._is_zero_OI[:, start : start + weight_OB.shape[1]]] = -1.0
-        self._start = start
+        # A pattern or a share may keep more than there are; what was zero stays so all the same.
+        self._start, self._is_kept_OB = start, self._kept(score_OB) & (score_OB >= 0)
+
+    def _kept(self, score_OB: Tensor) -> Tensor:
         if self._options.kept_of is not None:
-            self._is_kept_OB = kept_by_pattern(score_OB, *self._options.kept_of)
-            return
+            return kept_by_pattern(score_OB, *self._options.kept_of)
         assert self._options.sparsity is not None, "checked by the options"
         num_zeros = int(self._options.sparsity * score_OB.numel())
-        self._is_kept_OB = torch.ones_like(score_OB, dtype=torch.bool)
+        is_kept_OB = torch.ones_like(score_OB, dtype=torch.bool)
         if num_zeros:
             lowest = score_OB.flatten().topk(num_zeros, largest=False).indices
-            self._is_kept_OB.view(-1)[lowest] = False
-        self._is_kept_OB &= score_OB >= 0
+            is_kept_OB.view(-1)[lowest] = False
+        return is_kept_OB
 
     def settle(self, column: int, weight_O: Tensor) -> Tensor:
         return weight_O * self._is_kept_OB[:, column - self._start]

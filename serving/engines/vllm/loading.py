@@ -52,7 +52,7 @@ def create(directory: Path, options: Mapping[str, Any]) -> Engine:
     verify_directory(directory)
     tokenizer = load_tokenizer(directory)
     shape, schemes = _shape(directory), _published.schemes(directory)
-    _check_dtype(config, schemes)
+    _check_schemes(config, schemes)
     _check_cache(directory)
     _check_cpu(schemes)
     check_fits(tokenizer, shape.vocab_size)
@@ -140,7 +140,14 @@ def _check_cache(directory: Path) -> None:
         )
 
 
-def _check_dtype(config: VllmConfig, schemes: Mapping[str, str]) -> None:
+def _check_schemes(config: VllmConfig, schemes: Mapping[str, str]) -> None:
+    # vLLM 0.32 reads 3-bit weights, but of its mixed-precision kernels only Humming's takes them.
+    has_int3 = torch.cuda.is_available() and importlib.util.find_spec("humming") is not None
+    if not has_int3 and (layers := [name for name, s in schemes.items() if s == "w3a16"]):
+        raise ConfigError(
+            f"vLLM has no kernel for w3a16 here, which {len(layers)} layers of this model have, "
+            f"`{layers[0]}` among them. Choose engine `native`, or compress to w4a16."
+        )
     is_int4 = any(scheme.startswith("w4") for scheme in schemes.values())
     if is_int4 and config.dtype == "float32":
         raise ConfigError("vLLM computes 4-bit layers in bfloat16 only. Set `dtype` to bfloat16.")
