@@ -96,15 +96,6 @@ def test_calibration_when_the_disk_does_not_hold_the_states_says_so(tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_calibration_when_states_go_to_disk_has_all_of_it_from_the_start(tmp_path: Path) -> None:
-    def blocks_bytes() -> list[int]:
-        return [path.stat().st_blocks * 512 for path in tmp_path.glob("*/states")]
-
-    scratch = Scratch(tmp_path, memory_bytes=0)
-    with CalibrationPass(example_model(), example_text(length=40), scratch):
-        assert blocks_bytes() == [pytest.approx(35_840, abs=4096)]
-
-
 def test_recipe_when_states_are_many_keeps_them_where_it_is_told(tmp_path: Path) -> None:
     seen = []
     recipe = Recipe(steps=(Step(method="wanda", options={"sparsity": 0.5}),))
