@@ -125,7 +125,10 @@ def write_formats(
     for scheme in _FORMATS:
         found[scheme] = folder / scheme
         found[scheme].mkdir()
-        step = Step(method="rtn", options={"scheme": scheme, "group_size": group_size})
+        options: dict[str, Any] = {"scheme": scheme}
+        if scheme in GROUPED:
+            options["group_size"] = group_size
+        step = Step(method="rtn", options=options)
         compressed = apply_recipe(decoder.load(model), Recipe(steps=(step,)))
         save_compressed(compressed, found[scheme])
         copy_companions(model, found[scheme])

@@ -150,7 +150,7 @@ def _checked(spec: TrialSpec, limits: GateConfig, loaded: LoadedModel) -> dict[s
     sequences = _sequences(spec)
     return {
         "checks": check(loaded, base, time_beside(loaded, base), sequences, limits),
-        "faults": find_faults(spec.packed, loaded, sequences),
+        "faults": find_faults(spec.packed, loaded, sequences, (spec.model, base)),
     }
 
 
