@@ -26,7 +26,7 @@ from jobs.compression.packing import copy_companions, load_model, save_compresse
 from jobs.compression.recipe import apply_recipe
 from jobs.config import Recipe, Step
 from jobs.kernels.build import cpu_flags
-from jobs.kernels.formats import DEFAULT_GROUP_SIZE, Scheme
+from jobs.kernels.formats import DEFAULT_GROUP_SIZE, GROUPED, Scheme
 from jobs.models import decoder
 from serving.engines._protocol import GenerateRequest
 from serving.engines.native import EngineConfig, NativeEngine, start

@@ -126,8 +126,8 @@ def test_replay_when_sequences_come_and_go_equals_operator_by_operator(tmp_path,
         chosen = [index for index in range(6) if (turn + index) % 4]
         replayed_TC, plain_TC = session.run(dict.fromkeys(chosen, 1), seed=100 + turn)
         assert replayed_TC is not None
-        # Sums in another order may flip the rounding of an activation to int8, a step of which moves
-        # what follows by a few hundredths.
+        # Sums in another order may flip the rounding of an activation to int8, and a step of that
+        # moves what follows by a few hundredths.
         tolerance = 5e-2 if scheme == "w8a8" else 2e-3
         torch.testing.assert_close(replayed_TC, plain_TC, atol=tolerance, rtol=tolerance)
         logits = [session.model.head(h_TC) for h_TC in (replayed_TC, plain_TC)]
