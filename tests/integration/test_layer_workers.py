@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from local_head import local_head
 
-from cluster.session import HeadConfig, Session, start_head, stop_head
+from cluster.session import Session
 from cluster.storage import staged_directory, verify_directory
 from jobs.config import DecoderConfig
 from jobs.data.tokens import open_split
@@ -48,13 +49,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def session(home: Path) -> Iterator[Session]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAYSMITH_STATE", str(home / "state"))
-        patch.setenv("RAYSMITH_HOME", str(home))
-        config = HeadConfig(name="workers", num_cpus=2, gcs_port=0, dashboard_port=0, serve_port=0)
-        running = start_head(config)
+    with local_head(home, "workers") as running:
         yield running
-        stop_head(running)
 
 
 def compress(

@@ -12,11 +12,12 @@ import optuna
 import pytest
 import torch
 import yaml
+from local_head import local_head
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import write_random_data
 
 from cluster.config import load_config
-from cluster.session import HeadConfig, Session, start_head, stop_head
+from cluster.session import Session
 from cluster.storage import read_manifest, staged_directory, verify_directory
 from jobs.compression.packing import load_model
 from jobs.config import DecoderConfig, PublishConfig, SearchConfig
@@ -60,13 +61,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def session(home: Path) -> Iterator[Session]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAYSMITH_STATE", str(home / "state"))
-        patch.setenv("RAYSMITH_HOME", str(home))
-        config = HeadConfig(name="search", num_cpus=2, gcs_port=0, dashboard_port=0, serve_port=0)
-        running = start_head(config)
+    with local_head(home, "search") as running:
         yield running
-        stop_head(running)
 
 
 def _write_config(home: Path, name: str, **changes: object) -> Path:
