@@ -21,8 +21,8 @@ def _config(*overrides: str) -> PipelineConfig:
 
 def test_check_stages_when_nothing_is_trained_yet_plans_the_search() -> None:
     rows = dict(check_stages(_config()))
-    assert rows["trials"] == "14, 2 at a time"
-    assert rows["trial 0"] == "bf16 (100.0% of the bytes)"
+    assert rows["trials"] == "at most 14 in 2 generations, 2 at a time"
+    assert rows["bf16 all"] == "100.0% of the bytes"
 
 
 @pytest.mark.parametrize(
