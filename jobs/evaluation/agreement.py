@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jobs.config import KvCache
+from jobs.evaluation.cached import SequenceCache
 from jobs.evaluation.quality import hidden_pass
-from jobs.kernels.block_cache import BlockCache, BlockSpan
+from jobs.kernels.block_cache import BlockSpan
 from jobs.models._fused import FusedDecoder, can_fuse
 from jobs.models.decoder import Decoder
 
-_BLOCK_SIZE = 16
 _TOKENS_AT_ONCE = 2048
 
 
@@ -56,15 +56,11 @@ def continue_greedily(
     num_prompts, length = prompts_KP.shape
     device = prompts_KP.device
     forward = FusedDecoder(model) if can_fuse(model) else model
-    per_row = -(-(length + num_tokens) // _BLOCK_SIZE)
-    # The type of activations; an embedding may be stored in a narrower one.
-    dtype = torch.int8 if kv_cache == "int8" else model.model.norm.weight.dtype
-    cache = BlockCache(model.config, num_prompts * per_row, _BLOCK_SIZE, dtype, device=device)
-    blocks = [tuple(range(row * per_row, (row + 1) * per_row)) for row in range(num_prompts)]
+    cache = SequenceCache(model, kv_cache, num_prompts, length + num_tokens)
 
     def choose(tokens_1N: Tensor, spans: Sequence[BlockSpan]) -> Tensor:
         positions = [torch.arange(span.start, span.stop, device=device) for span in spans]
-        attention = cache.attention(spans)
+        attention = cache.blocks.attention(spans)
         hidden_1NC = forward.hidden(tokens_1N, torch.cat(positions)[None], attention)
         last = torch.tensor([span.length for span in spans], device=device).cumsum(0) - 1
         return forward.head(hidden_1NC[0, last]).argmax(dim=-1)
@@ -73,13 +69,14 @@ def continue_greedily(
     first = [
         choose(
             prompts_KP[at : at + step].reshape(1, -1),
-            [BlockSpan(each, 0, length) for each in blocks[at : at + step]],
+            [cache.span(row, 0, length) for row in range(at, min(at + step, num_prompts))],
         )
         for at in range(0, num_prompts, step)
     ]
     chosen = [torch.cat(first)]
     for place in range(length, length + num_tokens - 1):
-        chosen.append(choose(chosen[-1][None], [BlockSpan(each, place, 1) for each in blocks]))
+        spans = [cache.span(row, place, 1) for row in range(num_prompts)]
+        chosen.append(choose(chosen[-1][None], spans))
     return torch.stack(chosen, dim=1)
 
 

@@ -12,12 +12,11 @@ import torch
 
 from cluster.config import StrictModel
 from jobs.config import KvCache
-from jobs.kernels.block_cache import BlockCache, BlockSpan
+from jobs.evaluation.cached import SequenceCache
 from jobs.kernels.linear import resident_bytes
 from jobs.models._fused import FusedDecoder, can_fuse
 from jobs.models.decoder import Decoder
 
-_BLOCK_SIZE = 16
 _WARM_UP_STEPS = 2
 
 
@@ -137,18 +136,10 @@ class _DecodeRun:
         assert context + tokens <= model.config.max_seq_len, (
             f"{context} + {tokens} tokens exceed max_seq_len={model.config.max_seq_len}"
         )
-        norm = model.model.norm.weight  # In the type of activations, which an embedding may lack.
         self.model, self.batch, self.context = model, batch, context
         self.forward = FusedDecoder(model) if can_fuse(model) else model
-        self.device = norm.device
-        self.blocks_per_sequence = -(-(context + tokens) // _BLOCK_SIZE)
-        self.cache = BlockCache(
-            model.config,
-            batch * self.blocks_per_sequence,
-            _BLOCK_SIZE,
-            torch.int8 if kv_cache == "int8" else norm.dtype,
-            device=self.device,
-        )
+        self.device = model.model.norm.weight.device
+        self.cache = SequenceCache(model, kv_cache, batch, context + tokens)
         generator = torch.Generator().manual_seed(0)
         self.prompts_BT = torch.randint(
             model.config.vocab_size, (batch, context), generator=generator
@@ -158,7 +149,7 @@ class _DecodeRun:
         """Fill the cache with every sequence's prompt, and find the token that follows it."""
         positions_1T = torch.arange(self.context, device=self.device)[None]
         for row in range(self.batch):
-            attention = self.cache.attention([self._span(row, start=0, length=self.context)])
+            attention = self.cache.blocks.attention([self.cache.span(row, 0, self.context)])
             tokens_1T = self.prompts_BT[row : row + 1]
             hidden_1TC = self.forward.hidden(tokens_1T, positions_1T, attention)
             self.forward.head(hidden_1TC[:, -1:]).argmax(dim=-1)
@@ -171,9 +162,10 @@ class _DecodeRun:
         seconds = []
         for position in range(self.context, self.context + steps):
             began = clock()
-            spans = [self._span(row, start=position, length=1) for row in range(self.batch)]
+            spans = [self.cache.span(row, position, 1) for row in range(self.batch)]
             positions_1T = torch.full_like(tokens_1T, position)
-            hidden_1TC = self.forward.hidden(tokens_1T, positions_1T, self.cache.attention(spans))
+            attention = self.cache.blocks.attention(spans)
+            hidden_1TC = self.forward.hidden(tokens_1T, positions_1T, attention)
             tokens_1T = self.forward.head(hidden_1TC).argmax(dim=-1)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -193,10 +185,6 @@ class _DecodeRun:
             context=self.context,
             steps=len(seconds),
             weight_bytes=resident_bytes(self.model),
-            cache_bytes=self.cache.bytes(),
+            cache_bytes=self.cache.blocks.bytes(),
             rounds_ms=tuple(1e3 * float(np.median(steps)) for steps in rounds),
         )
-
-    def _span(self, row: int, start: int, length: int) -> BlockSpan:
-        first = row * self.blocks_per_sequence
-        return BlockSpan(tuple(range(first, first + self.blocks_per_sequence)), start, length)

@@ -91,7 +91,7 @@ def hidden_pass(
     """
     if kv_cache == "auto":
         return model.hidden
-    return CachedReading(model, torch.int8, batch_size, seq_len).hidden
+    return CachedReading(model, kv_cache, batch_size, seq_len).hidden
 
 
 def _batch_losses(

@@ -92,7 +92,7 @@ def test_directory_when_loaded_by_transformers_rounds_as_we_do(tmp_path: Path, s
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(tokens).logits
     model = load_model(tmp_path).model
     exact = model(tokens)
-    ours = model.head(CachedReading(model, torch.int8, 1, 60).hidden(tokens))
+    ours = model.head(CachedReading(model, "int8", 1, 60).hidden(tokens))
     # Their scale is largest / 127.5 and ours / 127: two roundings of the same size.
     error, their_error = ((x - exact).square().mean().sqrt() for x in (ours, theirs))
     assert error > 0
