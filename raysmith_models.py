@@ -16,7 +16,7 @@ from cluster.config import parse_config
 from cluster.errors import ConfigError
 from cluster.session import find_session
 from cluster.storage import resolve_output
-from jobs.entry import guard, print_json, print_rows, value_rows
+from jobs.entry import guard, print_json, print_values
 
 models_app = typer.Typer(help="Published models: list, publish, promote, roll back.")
 
@@ -132,10 +132,7 @@ def widths(
         values = {"data": data, "num_sequences": num_sequences, "seq_len": seq_len}
         calibration = parse_config(CalibrationConfig, values, "raysmith widths")
         found = propose_widths(model, calibration, keep=keep, multiple_of=multiple_of)
-        if json:
-            print_json(found)
-        else:
-            print_rows("widths", value_rows(found))
+        print_values("widths", found, as_json=json)
 
     return guard(action)
 
@@ -172,10 +169,7 @@ def export(
                 registry=registry,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-        if json:
-            print_json(values)
-        else:
-            print_rows("export", value_rows(values))
+        print_values("export", values, as_json=json)
 
     return guard(action)
 

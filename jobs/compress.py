@@ -28,7 +28,7 @@ from jobs.compression.recipe import (
     predicted_bytes,
     text_needs,
 )
-from jobs.compression.text import check_need, open_text, read_text
+from jobs.compression.text import check_needs, open_text, read_text
 from jobs.config import CompressConfig, DecoderConfig, Recipe
 from jobs.data.tokens import TokenSplit
 from jobs.entry import Job, Rows, run_job
@@ -150,8 +150,7 @@ def _text_split(
         return None
     assert isinstance(shape, DecoderConfig), "encoders need no text"
     split = open_text(text, source, shape)
-    for place, need in text_needs(shape, config.recipe).items():
-        check_need(split, need, place)
+    check_needs(split, text_needs(shape, config.recipe))
     return split
 
 

@@ -90,6 +90,14 @@ def value_rows(values: Mapping[str, Any]) -> Rows:
     return [(key.replace("_", " "), _short(value)) for key, value in shown]
 
 
+def print_values(title: str, values: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what a command found: a JSON document, or rows under a title."""
+    if as_json:
+        print_json(values)
+    else:
+        print_rows(title, value_rows(values))
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that every thin main understands."""
     parser.add_argument("--config", type=Path, help="YAML file")
@@ -111,10 +119,7 @@ def _run(job: Job[ModelT], arguments: argparse.Namespace) -> None:
         print_plan(job.name, job.plan(config), as_json=arguments.json)
         return
     values = job.run(config)
-    if arguments.json:
-        print_json(values)
-    else:
-        print_rows(job.name, value_rows(values))
+    print_values(job.name, values, as_json=arguments.json)
     if reason := job.refusal(values):
         raise GateRefusedError(reason)
 

@@ -31,7 +31,7 @@ from jobs.config import (
 from jobs.data.prepare import prepare
 from jobs.training.loop import run
 from jobs.training.outcome import StepMetrics
-from jobs.training.run_folder import identity
+from jobs.training.run_folder import differences, identity
 from jobs.training.world import World
 
 DECODER = DecoderConfig(
@@ -131,12 +131,7 @@ def _check_trained_so(
 ) -> None:
     asked = {**identity(config), "data_sha256": read_manifest(data)["self_sha256"]}
     found = {**lineage["config"], "data_sha256": lineage["data_sha256"]}
-    changed = [
-        f"`{key}` was {found.get(key)!r} and is now {asked.get(key)!r}"
-        for key in sorted(asked.keys() | found.keys())
-        if asked.get(key) != found.get(key)
-    ]
-    if changed:
+    if changed := differences(found, asked):
         raise ConfigError(
             f"{folder} holds a model that was trained otherwise: {'; '.join(changed)}. "
             "Delete that folder, and it is trained anew."

@@ -6,7 +6,7 @@ It does not know how a method works (see jobs/compression/methods), nor what is 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -20,7 +20,7 @@ from jobs.compression.layers import linear_names, shapes_of, without_weights
 from jobs.compression.methods._protocol import Repair, RepairMethod, ShapingMethod
 from jobs.compression.shared_inputs import HEAD
 from jobs.compression.steps import Action, ModelShape, final_layouts, resolve
-from jobs.compression.text import CalibrationText, TextNeed, check_need
+from jobs.compression.text import CalibrationText, TextNeed, check_needs
 from jobs.config import Recipe
 from jobs.kernels.formats import Layout, QuantizedWeight, Scheme
 from jobs.models.decoder import Decoder
@@ -71,9 +71,9 @@ def apply_recipe(
     if not isinstance(model, Decoder):
         work.run(actions, linear_names(model), None)
         return Compressed(model, work.quantized, recipe)
-    for place, need in _needs(actions):
+    if needs := _needs(actions):
         assert text is not None, "refused before"
-        check_need(text.split, need, place)
+        check_needs(text.split, needs)
     last_repair = max((action.number for action in actions if _is_repair(action)), default=0)
     teacher = copy.deepcopy(model) if last_repair else None
     if any(HEAD in action.layers for action in actions if not action.is_of_model):
@@ -105,7 +105,7 @@ def needs_text(shape: ModelShape, recipe: Recipe, *, has_text: bool) -> bool:
 
 def text_needs(shape: ModelShape, recipe: Recipe) -> dict[str, TextNeed]:
     """Return the steps that train, as messages call them, and how much text each takes."""
-    return dict(_needs(resolve(recipe, shape)))
+    return _needs(resolve(recipe, shape))
 
 
 def final_shape(shape: ModelShape, recipe: Recipe) -> ModelShape:
@@ -151,10 +151,12 @@ def _check_text(actions: Sequence[Action], *, has_text: bool) -> None:
             )
 
 
-def _needs(actions: Sequence[Action]) -> Iterator[tuple[str, TextNeed]]:
-    for action in actions:
-        if isinstance(action.method, RepairMethod):
-            yield action.place, action.method.text_need(action.options)
+def _needs(actions: Sequence[Action]) -> dict[str, TextNeed]:
+    return {
+        action.place: action.method.text_need(action.options)
+        for action in actions
+        if isinstance(action.method, RepairMethod)
+    }
 
 
 def _is_repair(action: Action) -> bool:

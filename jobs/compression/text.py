@@ -8,6 +8,7 @@ N sequences, B sequences of a batch, T tokens
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,16 +59,17 @@ class CalibrationText:
         return torch.from_numpy(self.split.sequences(indices, seq_len))
 
 
-def check_need(split: TokenSplit, need: TextNeed, place: str) -> None:
-    """Raise DataError, naming the step at `place`, if there is less text than it trains on."""
-    found = (split.num_tokens - 1) // need.seq_len
-    if found < need.num_sequences:
-        raise DataError(
-            f"{place} trains on {need.num_sequences} sequences of {need.seq_len} tokens "
-            f"({need.num_sequences * need.seq_len:,} tokens), and the {split.split} split in "
-            f"{split.folder} has {found} ({split.num_tokens:,} tokens). Lower `num_tokens` or "
-            "give more text."
-        )
+def check_needs(split: TokenSplit, needs: Mapping[str, TextNeed]) -> None:
+    """Raise DataError if there is less text than one of the steps, by name, trains on."""
+    for place, need in needs.items():
+        found = (split.num_tokens - 1) // need.seq_len
+        if found < need.num_sequences:
+            raise DataError(
+                f"{place} trains on {need.num_sequences} sequences of {need.seq_len} tokens "
+                f"({need.num_sequences * need.seq_len:,} tokens), and the {split.split} split in "
+                f"{split.folder} has {found} ({split.num_tokens:,} tokens). Lower `num_tokens` or "
+                "give more text."
+            )
 
 
 def read_text(config: CalibrationConfig, split: TokenSplit) -> CalibrationText:

@@ -18,7 +18,7 @@ from cluster.storage import (
     verify_directory,
 )
 from jobs.compression.recipe import text_needs
-from jobs.compression.text import check_need, open_text
+from jobs.compression.text import check_needs, open_text
 from jobs.config import CalibrationConfig, DecoderConfig, SearchConfig
 from jobs.data.tokens import Split, open_split
 from jobs.models import _hf
@@ -119,8 +119,7 @@ def plan_search(config: SearchConfig) -> Search:
         split = open_text(config.calibration, model, decoder)
         text_digest = read_manifest(split.folder)["self_sha256"]
         last = space.recipe(space.uniform(len(space.choices) - 1), real=True)
-        for place, need in text_needs(decoder, last).items():
-            check_need(split, need, place)
+        check_needs(split, text_needs(decoder, last))
     data_digest = read_manifest(data)["self_sha256"]
     document = config.model_dump_json(exclude=_NOT_IN_FINGERPRINT)
     return Search(

@@ -74,16 +74,20 @@ def check_recorded(config: TrainConfig, run_dir: Path) -> None:
 
 def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
     """Raise ConfigError listing every value that a run may not change once it has begun."""
-    changed = [
-        f"`{key}` was {before.get(key)!r} and is now {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if changed:
+    if changed := differences(before, now):
         raise ConfigError(
             f"{where} belongs to a run with another config: {'; '.join(changed)}. "
             "Choose another `name`, or restore these values to go on with that run."
         )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a sentence's part for every value that was another before."""
+    return [
+        f"`{key}` was {before.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
 
 
 def remove_unfinished(folder: Path) -> None:
