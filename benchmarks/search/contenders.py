@@ -78,7 +78,6 @@ class Bench:
         assert request.request_ms is not None, "a model that was measured is timed"
         assert request.base_request_ms, "beside the unchanged one"
         return Point(
-            candidate=0,
             perplexity_increase=measured.perplexity_increase.point,
             size_ratio=measured.size_ratio,
             latency_ratio=request.request_ms / request.base_request_ms,
@@ -129,9 +128,7 @@ def play(
     seconds = spent_s + bench.measure(UNCHANGED)
     models: dict[Assignment, None] = {}
     for num_asked, assignment in enumerate(ask, start=1):
-        if assignment not in models and any(
-            not bench.search.space.choices[choice].is_nothing for choice in assignment
-        ):
+        if assignment not in models and bench.search.space.changes(assignment):
             seconds += bench.measure(assignment)
             models[assignment] = None
             tell(assignment)

@@ -33,11 +33,12 @@ from jobs.kernels.formats import Layout, QuantizedWeight, round_to_scale, value_
 from jobs.kernels.linear import build_linear
 from jobs.models import decoder as decoder_family
 
+# What a block multiplies by, and which of its layers kernels fuse for that.
 PRODUCTS: Mapping[str, tuple[str, ...]] = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
 }
 _logger = logging.getLogger(__name__)
 _COPIES_BYTES = 256 * 2**20  # Enough that weights come from where they come from in a model.

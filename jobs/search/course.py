@@ -29,7 +29,7 @@ from jobs.search.rungs import (
     verdict_of,
 )
 from jobs.search.space import UNCHANGED, Assignment, Space
-from jobs.search.tasks import Results, Task
+from jobs.search.tasks import Results, Stage, Task
 
 _TIMES = Task(stage="times")
 _WORST_RISE = 100.0  # Nats per token: far beyond guessing, for what is no number.
@@ -159,11 +159,8 @@ def _probes(space: Space) -> list[Task]:
     return [Task(stage="probe", group=group) for group in range(len(space.groups))]
 
 
-def _tasks(stage: str, assignments: Sequence[Assignment], rung: int = 0) -> list[Task]:
-    return [
-        Task.model_validate({"stage": stage, "rung": rung, "assignment": each})
-        for each in assignments
-    ]
+def _tasks(stage: Stage, assignments: Sequence[Assignment], rung: int = 0) -> list[Task]:
+    return [Task(stage=stage, rung=rung, assignment=each) for each in assignments]
 
 
 def _missing(tasks: Sequence[Task], results: Results) -> tuple[Task, ...]:

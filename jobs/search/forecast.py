@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import ConfigError
-from jobs.evaluation.kernel_times import PRODUCTS, KernelTimes, spell
+from jobs.evaluation.kernel_times import KernelTimes, spell
 from jobs.search.knapsack import priced
 from jobs.search.pareto import Point, shares
 from jobs.search.predictor import Predictor
 from jobs.search.space import Assignment, Space, layout_of
 from jobs.search.tasks import Result
 
-_PRODUCTS_OF_PART = {"self_attn": ("qkv", "o"), "mlp": ("gate_up", "down")}
 _NAMES = {
     "max_perplexity_increase": "perplexity increase",
     "max_size_ratio": "size, over bf16",
@@ -60,11 +59,10 @@ class Forecast:
         chosen = self.latency_SC[np.arange(len(assignment)), list(assignment)]
         return self.times.rest_ms + float(chosen.sum())
 
-    def point(self, number: int, assignment: Assignment, rise: float | None = None) -> Point:
+    def point(self, assignment: Assignment, rise: float | None = None) -> Point:
         """Return an assignment's objectives, with a measured rise of the loss or the predicted."""
         rise = self.predictor.rise(assignment) if rise is None else rise
         return Point(
-            candidate=number,
             perplexity_increase=math.expm1(min(rise, 50.0)),
             size_ratio=self.space.size_bytes(assignment) / self.space.base_bytes,
             latency_ratio=self.latency_ms(assignment) / self.base_ms,
@@ -72,7 +70,7 @@ class Forecast:
 
     def objectives(self, assignment: Assignment, rise: float | None = None) -> tuple[float, ...]:
         """Return the same as shares of the worst that counts."""
-        return shares(self.point(0, assignment, rise), self.space.config.gate)
+        return shares(self.point(assignment, rise), self.space.config.gate)
 
     def excesses(
         self, assignment: Assignment, perplexity_increase: float | None = None
@@ -171,7 +169,7 @@ def knapsack_front(forecast: Forecast) -> list[Assignment]:
     space = forecast.space
     size_SC = -space.saved_bytes_SC.astype(float)
     fronts = priced(forecast.predictor.rises_SC, size_SC, forecast.latency_SC)
-    return [each for each in fronts if any(not space.choices[c].is_nothing for c in each)]
+    return [each for each in fronts if space.changes(each)]
 
 
 def uniform_assignments(space: Space) -> list[Assignment]:
@@ -233,10 +231,8 @@ def _latency(space: Space, times: KernelTimes) -> NDArray[np.float64]:
     """Return the milliseconds of a request that each choice of each group takes: [S, C]."""
     found = np.zeros((len(space.groups), len(space.choices)))
     for s, group in enumerate(space.groups):
-        products = _PRODUCTS_OF_PART.get(group.part, (group.part,))
-        assert all(product in PRODUCTS for product in products), f"no product {products}"
         for c, choice in enumerate(space.choices):
             table = times.product_ms[spell(layout_of(choice.scheme, space.decoder))]
-            block_ms = sum(table[product] for product in products)
+            block_ms = sum(table[product] for product in group.products)
             found[s, c] = (group.stop - group.first) * block_ms
     return found

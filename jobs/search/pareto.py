@@ -18,7 +18,8 @@ Objectives = tuple[float, ...]
 class Point(StrictModel):
     """One candidate's objectives, all to be small; a latency of None was not measured."""
 
-    candidate: int
+    candidate: int = 0
+    """Whatever number the caller knows it by."""
     perplexity_increase: float
     size_ratio: float
     latency_ratio: float | None = None

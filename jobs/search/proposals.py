@@ -47,8 +47,7 @@ def _pool(
     good = spread([forecast.objectives(each, scored[each]) for each in measured], len(measured))
     parents = [*fronts, *(measured[place] for place in good)]
     changed = neighbours(parents, len(space.choices), _NEIGHBOURS, generator)
-    is_changed = (each for each in changed if any(not space.choices[c].is_nothing for c in each))
-    return list(dict.fromkeys([*fronts, *is_changed]))
+    return list(dict.fromkeys([*fronts, *filter(space.changes, changed)]))
 
 
 def _nearest(
@@ -58,4 +57,4 @@ def _nearest(
         return []
     limits = forecast.space.config.gate
     left = [each for each in pool if each not in set(chosen)]
-    return sorted(left, key=lambda each: (violation(forecast.point(0, each), limits), each))[:count]
+    return sorted(left, key=lambda each: (violation(forecast.point(each), limits), each))[:count]

@@ -113,15 +113,12 @@ class TaskQueue:
         space, results = self._search.space, self._journal.results
         base = results[Task(stage="rung", rung=rung)]
         points = []
-        for number, assignment in enumerate(known.candidates):
+        for assignment in known.candidates:
             found = results.get(Task(stage="rung", rung=rung, assignment=assignment))
             if assignment and found is not None and found.error is None and not base.error:
                 measured = measure(space.config, space.base_bytes, base, found)
                 increase = measured.perplexity_increase.point
-                point = Point(
-                    candidate=number, perplexity_increase=increase, size_ratio=measured.size_ratio
-                )
-                points.append(point)
+                points.append(Point(perplexity_increase=increase, size_ratio=measured.size_ratio))
         best = (f"{each.size_ratio:.1%} {each.perplexity_increase:+.2%}" for each in front(points))
         return f"front of rung {rung} (size, perplexity): {'; '.join(best) or 'empty'}"
 

@@ -19,7 +19,6 @@ from cluster.storage import (
     verify_directory,
     write_json,
 )
-from jobs.compression.packing import copy_companions
 from jobs.config import Recipe
 from jobs.evaluation.gate import Verdict
 from jobs.search.course import Finish
@@ -111,7 +110,7 @@ def write_outcome(outcome: SearchOutcome) -> None:
 
 
 def write_winner(search: Search, outcome: SearchOutcome) -> Path:
-    """Write the winner: packed weights, the dense model's tokenizer, and a manifest with the gate.
+    """Write the winner: what its trial wrote, and a manifest with the gate.
 
     A winner written before with the same recipe and verdict, and whole, is kept.
     """
@@ -130,7 +129,6 @@ def write_winner(search: Search, outcome: SearchOutcome) -> Path:
         shutil.copytree(
             packed, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST)
         )
-        copy_companions(search.model, staging)
     return target
 
 

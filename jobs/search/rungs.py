@@ -34,14 +34,13 @@ class Standing:
     has_real_methods: bool
     """Whether weights were changed by the methods that the winner will have."""
 
-    def point(self, assignment: Assignment, number: int = 0) -> Point:
+    def point(self, assignment: Assignment) -> Point:
         """Return objectives: quality and bytes as measured, latency by the kernels' table.
 
         Measured latencies would differ from run to run, and with them who goes on.
         """
         found = self.measured[assignment]
         return Point(
-            candidate=number,
             perplexity_increase=found.perplexity_increase.point,
             size_ratio=found.size_ratio,
             latency_ratio=self.forecast.latency_ms(assignment) / self.forecast.base_ms,

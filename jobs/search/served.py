@@ -5,7 +5,6 @@ one request of the workload after another, and takes both down. It imports nothi
 applications are named as data.
 """
 
-import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ import httpx
 from cluster.errors import ConfigError, EngineError
 from cluster.processes import pick_port
 from cluster.serve_api import serve_api
-from cluster.storage import MANIFEST, read_manifest, staged_directory
 from jobs.applications import (
     ENGINE_IMPORT,
     App,
@@ -26,13 +24,11 @@ from jobs.applications import (
     running_apps,
     with_routes,
 )
-from jobs.compression.packing import copy_companions
 from jobs.config import DeployConfig
 from jobs.data.tokens import open_split
 from jobs.deploy import Api, apply, wait_until_running
 from jobs.evaluation.parity import Endpoint
 from jobs.search.plan import NUM_PROMPTS, Search
-from jobs.search.space import Assignment
 from jobs.search.tasks import Result, Task
 from jobs.takeover import endpoint
 
@@ -68,7 +64,7 @@ def time_served(search: Search, task: Task) -> Result:
     Raises ClusterError if the model does not come up, EngineError if it does not answer.
     """
     began = time.perf_counter()
-    directory = _directory(search, task.assignment)
+    directory = search.packed(task.assignment) if task.assignment else search.model
     with _offered(search, directory, serve_api()) as served:
         times_ms = list(_request_times_ms(search, served))
     return Result(request_ms=statistics.median(times_ms), seconds=time.perf_counter() - began)
@@ -174,19 +170,3 @@ def _names(search: Search) -> tuple[str, str]:
     """Return the names of the engine's and of the gateway's application."""
     name = search.config.name
     return engine_name(f"search-{name}", "0"), f"search--{name}"
-
-
-def _directory(search: Search, assignment: Assignment) -> Path:
-    """Return a model's directory with the tokenizer that an engine needs."""
-    if not assignment:
-        return search.model
-    packed = search.packed(assignment)
-    target = search.run_dir / "served" / packed.name
-    manifest = {"kind": "model", "parent_digest": read_manifest(packed)["self_sha256"]}
-    if target.is_dir() and read_manifest(target).get("parent_digest") == manifest["parent_digest"]:
-        return target
-    with staged_directory(target, manifest, replace=True) as staging:
-        ignored = shutil.ignore_patterns(MANIFEST)
-        shutil.copytree(packed, staging, dirs_exist_ok=True, ignore=ignored)
-        copy_companions(search.model, staging)
-    return target

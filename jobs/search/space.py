@@ -12,6 +12,7 @@ S groups, C choices
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import product
 
 import numpy as np
@@ -22,17 +23,12 @@ from jobs.compression.layers import linear_shapes
 from jobs.compression.recipe import predicted_bytes
 from jobs.config import DecoderConfig, Recipe, SearchConfig, Step
 from jobs.config.search import Granularity
+from jobs.evaluation.kernel_times import PRODUCTS
 from jobs.kernels.formats import GROUPED, Layout
 
-_ATTENTION, _MLP = "self_attn", "mlp"
 _PARTS: Mapping[Granularity, Mapping[str, tuple[str, ...]]] = {
-    "part": {_ATTENTION: (f"{_ATTENTION}.*",), _MLP: (f"{_MLP}.*",)},
-    "fused": {
-        "qkv": tuple(f"{_ATTENTION}.{name}_proj" for name in "qkv"),
-        "o": (f"{_ATTENTION}.o_proj",),
-        "gate_up": (f"{_MLP}.gate_proj", f"{_MLP}.up_proj"),
-        "down": (f"{_MLP}.down_proj",),
-    },
+    "part": {"self_attn": ("self_attn.*",), "mlp": ("mlp.*",)},
+    "fused": PRODUCTS,
 }
 _GROUP_SIZES = (128, 64, 32)
 _DENSE = "bf16"
@@ -54,6 +50,15 @@ class Group:
     def title(self) -> str:
         """What tables call it."""
         return f"{self.part} {_ranges(range(self.first, self.stop))}"
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        """The products of one block that its layers are multiplied by."""
+        return tuple(
+            name
+            for name, layers in PRODUCTS.items()
+            if all(any(fnmatchcase(layer, own) for own in self.layers) for layer in layers)
+        )
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -113,9 +118,22 @@ class Space:
         Groups of equal choice share a step, and a step that covers all groups targets `*`.
         """
         chosen = {g: self.choices[c] for g, c in zip(self.groups, assignment, strict=False)}
+        kv_cache = self.config.kv_cache if assignment else "auto"
+        return Recipe(steps=self._steps(chosen, real=real), kv_cache=kv_cache)
+
+    def alone(self, group: int, choice: int) -> Recipe:
+        """Return the recipe that makes one choice for one group, by plain methods."""
+        chosen = {self.groups[group]: self.choices[choice]}
+        return Recipe(steps=self._steps(chosen, real=False))
+
+    def changes(self, assignment: Assignment) -> bool:
+        """Return whether an assignment does anything to any group."""
+        return any(not self.choices[choice].is_nothing for choice in assignment)
+
+    def _steps(self, chosen: Mapping[Group, Choice], *, real: bool) -> tuple[Step, ...]:
         steps: list[Step] = []
         for sparsity in sorted({choice.sparsity for choice in chosen.values()} - {0.0}):
-            targets = _targets([g for g, c in chosen.items() if c.sparsity == sparsity], chosen)
+            targets = self._targets([g for g, c in chosen.items() if c.sparsity == sparsity])
             method = self.config.pruning if real else "magnitude"
             steps.append(Step(method=method, targets=targets, options={"sparsity": sparsity}))
         if steps and real and self.config.repair_tokens:
@@ -124,13 +142,17 @@ class Space:
         quantized = [group for group, choice in chosen.items() if choice.scheme != _DENSE]
         *preparing, quantizing = self.config.quantizer.split("+") if real else ["rtn"]
         if quantized:
-            targets = _targets(quantized, chosen)
+            targets = self._targets(quantized)
             steps.extend(Step(method=method, targets=targets) for method in preparing)
         for scheme in sorted({choice.scheme for choice in chosen.values()} - {_DENSE}):
-            targets = _targets([g for g, c in chosen.items() if c.scheme == scheme], chosen)
+            targets = self._targets([g for g, c in chosen.items() if c.scheme == scheme])
             steps.append(_quantize(quantizing, scheme, targets, self.decoder))
-        kv_cache = self.config.kv_cache if assignment else "auto"
-        return Recipe(steps=tuple(steps), kv_cache=kv_cache)
+        return tuple(steps)
+
+    def _targets(self, groups: Sequence[Group]) -> tuple[str, ...]:
+        if len(groups) == len(self.groups):
+            return ("*",)
+        return tuple(target for group in groups for target in group.targets)
 
     @property
     def has_plain_methods(self) -> bool:
@@ -139,17 +161,6 @@ class Space:
         prunes = any(config.sparsities)
         is_plain = config.pruning == "magnitude" and not config.repair_tokens
         return config.quantizer == "rtn" and (is_plain or not prunes)
-
-    def alone(self, group: int, choice: int) -> Recipe:
-        """Return the recipe that makes one choice for one group, by plain methods."""
-        made, targets = self.choices[choice], self.groups[group].targets
-        steps: list[Step] = []
-        if made.sparsity:
-            options: dict[str, object] = {"sparsity": made.sparsity}
-            steps.append(Step(method="magnitude", targets=targets, options=options))
-        if made.scheme != _DENSE:
-            steps.append(_quantize("rtn", made.scheme, targets, self.decoder))
-        return Recipe(steps=tuple(steps))
 
     def describe(self, assignment: Assignment) -> str:
         """Return a short text for tables: what is done to which part of which blocks."""
@@ -233,12 +244,6 @@ def _quantize(method: str, scheme: str, targets: tuple[str, ...], decoder: Decod
     if scheme in GROUPED:
         options["group_size"] = _group_size(decoder)
     return Step(method=method, targets=targets, options=options)
-
-
-def _targets(groups: Sequence[Group], chosen: Mapping[Group, Choice]) -> tuple[str, ...]:
-    if len(groups) == len(chosen):
-        return ("*",)
-    return tuple(target for group in groups for target in group.targets)
 
 
 def _group_size(decoder: DecoderConfig) -> int:

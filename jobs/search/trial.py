@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 from cluster.config import StrictModel
 from cluster.errors import ModelFormatError, RecipeError
 from cluster.storage import read_manifest, staged_directory
-from jobs.compression.packing import LoadedModel, load_model, save_compressed
+from jobs.compression.packing import (
+    LoadedModel,
+    copy_companions,
+    load_model,
+    save_compressed,
+)
 from jobs.compression.recipe import Compressed, apply_recipe, needs_text, predicted_bytes
 from jobs.compression.text import open_text, read_text
 from jobs.config import CalibrationConfig, GateConfig, KvCache, Recipe, Workload
@@ -181,3 +186,4 @@ def _pack(spec: TrialSpec, target: Path) -> None:
     compressed = _compress(spec)
     with staged_directory(target, manifest, replace=True) as staging:
         save_compressed(compressed, staging)
+        copy_companions(spec.model, staging)  # An engine can serve it as it is.
