@@ -68,4 +68,7 @@ CONTENDERS: dict[str, Contender] = {
     ),
     **{name: found for bits in BITS for name, found in _quantized(bits).items()},
     **{name: found for pattern in PATTERNS for name, found in _pruned(pattern).items()},
+    "magnitude_rows-unstructured": Contender(
+        recipe_of(("magnitude", {**PATTERNS["unstructured"], "among": "row"}))
+    ),
 }

@@ -32,7 +32,8 @@ NOT_WORSE_MARGIN = 0.001  # of perplexity: what is worse by less is called equal
 # Which weights compete with each other for the half that stays.
 _PRUNING_GROUPS = {
     "unstructured": {
-        "magnitude": "those of an output row (papers' baseline: those of a layer)",
+        "magnitude": "those of a layer",
+        "magnitude_rows": "those of an output row",
         "wanda": "those of an output row",
         "sparsegpt": "those of 128 columns, all rows",
     },
@@ -82,7 +83,8 @@ def few_bits(trials: Sequence[Trial]) -> Found:
 def pruning(trials: Sequence[Trial]) -> Found:
     """Return the damage of magnitude pruning that Wanda and SparseGPT avoid, at half the weights.
 
-    `pruning_groups` says which weights each method compares with one another.
+    `pruning_groups` says which weights each method compares with one another. Papers let magnitudes
+    compete within a layer; `removed_of_rows` is beside those that compete within an output row.
     """
     section: Section = {}
     claims = []
@@ -95,6 +97,12 @@ def pruning(trials: Sequence[Trial]) -> Found:
         versus = _versus(trials, f"sparsegpt-{pattern}", f"wanda-{pattern}")
         section[pattern]["sparsegpt_versus_wanda"] = _not_worse_document(versus)
         claims.append(_not_worse(f"pruning.{pattern}.sparsegpt_versus_wanda", versus))
+    section["unstructured"]["removed_of_rows"] = {
+        method: _recovery(
+            trials, f"{method}-unstructured", "magnitude_rows-unstructured"
+        ).model_dump(mode="json")
+        for method in ("wanda", "sparsegpt")
+    }
     return {"pruning": section, "pruning_groups": _PRUNING_GROUPS}, claims
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.compression.calibration import CalibrationPass, Scratch
-from jobs.compression.inputs import LayerInputs
+from jobs.compression.inputs import InputSource, LayerInputs
 from jobs.compression.layer_work import InProcess, LayerStep, LayerTask, LayerWorkers
 from jobs.compression.layers import weight_of
 from jobs.compression.methods._protocol import Quantizable, ScalingMethod
@@ -27,26 +27,30 @@ from jobs.compression.shared_inputs import (
     group_of,
     shared_inputs,
 )
+from jobs.compression.statistics import DenseStatistics, dense_statistics
 from jobs.compression.steps import Action
+from jobs.compression.text import CalibrationText
 from jobs.kernels.formats import QuantizedWeight
 from jobs.models.decoder import Decoder
 from jobs.models.encoder import Encoder
 
 # An action and those of its layers that are at hand.
 Work = tuple[Action, list[str]]
+# What is done, how much of it, of how much.
+Progress = Callable[[str, int, int], None]
 
 
 def go_through(
     actions: Sequence[Action],
     work: "BlockWork",
-    text_NT: Tensor | None,
-    progress: Callable[[int, int], None],
+    text: CalibrationText | None,
+    progress: Progress,
     scratch: Scratch | None = None,
 ) -> None:
     """Apply all actions to one block of a decoder after another, then to the head.
 
     Text goes through as far as it is needed, its states in `scratch` if they are many; `progress`
-    hears of blocks done, of how many.
+    hears of blocks done.
     """
     model = work.model
     assert isinstance(model, Decoder), "encoders have no blocks that text goes through"
@@ -61,13 +65,23 @@ def go_through(
         for part in parts:
             work.run(actions, part, None)
         return
-    assert text_NT is not None, "refused before"
-    with CalibrationPass(model, text_NT, scratch) as text:
+    assert text is not None, "refused before"
+    with _inputs(model, text, progress, scratch) as inputs:
         for number, part in enumerate(parts):
-            work.run(actions, part, text)
+            work.run(actions, part, inputs)
             if number < last_seeing:
-                text.advance()
-            progress(number + 1, len(parts))
+                inputs.advance()
+            progress("blocks", number + 1, len(parts))
+
+
+def _inputs(
+    model: Decoder, text: CalibrationText, progress: Progress, scratch: Scratch | None
+) -> CalibrationPass | DenseStatistics:
+    """Return what the text feeds layers: as the model changes, or as it is now."""
+    if text.is_sequential:
+        return CalibrationPass(model, text.tokens_NT, scratch)
+    tell = partial(progress, "statistics of blocks")
+    return dense_statistics(model, text.tokens_NT, text.cache, tell, scratch)
 
 
 @dataclass
@@ -89,9 +103,7 @@ class BlockWork:
         """Return the names that the pruned layers have now."""
         return frozenset(n for n, module in self.model.named_modules() if module in self.pruned)
 
-    def run(
-        self, actions: Sequence[Action], part: Sequence[str], text: CalibrationPass | None
-    ) -> None:
+    def run(self, actions: Sequence[Action], part: Sequence[str], text: InputSource | None) -> None:
         """Apply all actions to some layers, in order, with what the text feeds them now."""
         here = [(action, [layer for layer in action.layers if layer in part]) for action in actions]
         seeing = [layer for action, layers in here if action.needs_text for layer in layers]

@@ -69,15 +69,20 @@ class CalibrationPass:
     ) -> None:
         self._stack.close()
 
-    def observe(self, layers: Sequence[str]) -> dict[str, LayerInputs]:
-        """Return what the text feeds these layers of the block that it has reached, or the head."""
+    def observe(self, layers: Sequence[str], *, moves_on: bool = False) -> dict[str, LayerInputs]:
+        """Return what the text feeds these layers of the block that it has reached, or the head.
+
+        With `moves_on` it moves on through the block at once, as nothing will change there.
+        """
         if self._block == len(self._model.model.layers):
             assert list(layers) == [HEAD], f"after all blocks comes the head, not {layers}"
             return {HEAD: self._observe_head()}
         with ExitStack() as hooks:
             sums = {layer: self._watch(layer, hooks) for layer in layers}
-            for _ in self._through():
-                pass
+            for states_BTC, after_BTC in self._through():
+                if moves_on:
+                    states_BTC.copy_(after_BTC)
+        self._block += moves_on
         return {layer: found.moments() for layer, found in sums.items()}
 
     def effects(self, layers: Sequence[str]) -> dict[str, Tensor]:

@@ -6,7 +6,9 @@ depends on the layer's width alone. It does not know which layer or method it is
 N tokens, I input features
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +48,19 @@ class LayerInputs:
         """
         error_O = (difference_OI @ self.gram_II).mul_(difference_OI).sum(dim=1)
         return error_O.sum() if weight_O is None else error_O @ weight_O
+
+
+class InputSource(Protocol):
+    """What text feeds the layers of a decoder, one block after another."""
+
+    def observe(self, layers: Sequence[str]) -> dict[str, LayerInputs]:
+        """Return what the text feeds these layers of the block that is at hand, or the head."""
+
+    def effects(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Return how much each output of these layers changes what the block gives: effect_O."""
+
+    def advance(self) -> None:
+        """Go on to the next block."""
 
 
 class InputSums:

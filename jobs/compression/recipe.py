@@ -6,14 +6,13 @@ It does not know how a method works (see jobs/compression/methods), nor what is 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Generic, TypeVar
 
 from cluster.errors import RecipeError
-from jobs.compression.blocks import BlockWork, go_through
+from jobs.compression.blocks import BlockWork, Progress, go_through
 from jobs.compression.calibration import Scratch
 from jobs.compression.layer_work import InProcess, LayerWorkers
 from jobs.compression.layers import linear_names, shapes_of, without_weights
@@ -27,8 +26,6 @@ from jobs.models.decoder import Decoder
 from jobs.models.encoder import Encoder
 
 ModelT = TypeVar("ModelT", Decoder, Encoder)
-# What is done, how much of it, of how much.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -56,7 +53,8 @@ def apply_recipe(
 
     Where a method has to see what feeds a layer, the text's tokens go through the model block by
     block: each block's layers take all steps that change layers, up to the next that changes the
-    model as a whole, and later blocks see what they make of the text. `progress` hears of blocks
+    model as a whole, and later blocks see what they make of the text, or what the unchanged ones
+    do where the text is not `sequential`. `progress` hears of blocks
     or steps of training done, of how many. A layer that is quantized twice takes the last choice,
     computed from its unquantized weight. A head that shares the embedding's weight takes a copy of
     its own if a step names it. The dense model is kept beside the other up to the last repair.
@@ -80,8 +78,7 @@ def apply_recipe(
         model.untie()
     for is_of_model, run in groupby(actions, key=lambda action: action.is_of_model):
         if not is_of_model:
-            tokens_NT = None if text is None else text.tokens_NT
-            go_through(list(run), work, tokens_NT, partial(progress, "blocks"), scratch)
+            go_through(list(run), work, text, progress, scratch)
             continue
         for action in run:
             assert text is not None, "refused before"

@@ -41,6 +41,10 @@ class CalibrationText:
 
     tokens_NT: Tensor  # noqa: N815
     split: TokenSplit
+    is_sequential: bool = True
+    """Whether a block sees what those before it became; else what they were."""
+    cache: Path | None = None
+    """Where statistics of a model as it was are kept."""
 
     @classmethod
     def of(cls, tokens_NT: Tensor) -> "CalibrationText":
@@ -75,7 +79,9 @@ def check_needs(split: TokenSplit, needs: Mapping[str, TextNeed]) -> None:
 def read_text(config: CalibrationConfig, split: TokenSplit) -> CalibrationText:
     """Return `num_sequences` of `seq_len` ids, drawn from all over the split of `open_text`."""
     rows = split.sample(config.num_sequences, config.seq_len, config.seed)
-    return CalibrationText(torch.from_numpy(rows[:, :-1].copy()), split)
+    cache = None if config.cache is None else resolve_output(config.cache)
+    tokens_NT = torch.from_numpy(rows[:, :-1].copy())
+    return CalibrationText(tokens_NT, split, config.sequential, cache)
 
 
 def open_text(config: CalibrationConfig, model: Path, shape: DecoderConfig) -> TokenSplit:

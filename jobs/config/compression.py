@@ -1,8 +1,8 @@
 """How a model is compressed, and what it must show."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config import StrictModel
 
@@ -38,6 +38,25 @@ class CalibrationConfig(StrictModel):
     num_sequences: int = Field(128, ge=1, description="Sequences that go through the model.")
     seq_len: int = Field(256, ge=2, description="Tokens of one of them.")
     seed: int = Field(0, description="Seed of which ones.")
+    sequential: bool = Field(
+        True,
+        description="Whether a block sees the text as compressed blocks before it pass it on; "
+        "false: as the unchanged model does, so that all recipes share what is computed of it.",
+    )
+    cache: str | None = Field(
+        None,
+        description="Folder that keeps what is computed of an unchanged model, for `sequential: "
+        "false`; unset: a search's own, else nothing is kept.",
+    )
+
+    @model_validator(mode="after")
+    def _check_cache_is_used(self) -> Self:
+        if self.sequential and self.cache is not None:
+            raise ValueError(
+                f"cache={self.cache} is for what recipes share: set `sequential: false` or leave "
+                "it out"
+            )
+        return self
 
 
 class CompressConfig(StrictModel):

@@ -111,6 +111,11 @@ class SearchConfig(StrictModel):
     cpus_per_trial: float = Field(1.0, gt=0, description="CPUs reserved for each trial.")
     seed: int = Field(0, description="Seed of the proposals.")
 
+    @property
+    def threads_per_trial(self) -> int:
+        """Threads that a trial computes with."""
+        return max(1, int(self.cpus_per_trial))
+
     @field_validator("sparsities")
     @classmethod
     def _check_sparsities(cls, sparsities: tuple[float, ...]) -> tuple[float, ...]:

@@ -115,7 +115,7 @@ def _climb(
     front = standing.front()
     if winner is not None and config.served_finalists:
         served = list(dict.fromkeys([winner, *front]))[: config.served_finalists]
-        if missing := _missing(_tasks("serve", [UNCHANGED, *served]), results):
+        if missing := _missing(_tasks("serve", served), results):
             return Wanted(candidates, missing)
     return Finish(candidates, forecast, winner, verdicts, tuple(front))
 

@@ -80,9 +80,14 @@ class Search:
 
     @property
     def calibration(self) -> CalibrationConfig | None:
-        """The config's, its folder found from any process."""
+        """The config's, its folders found from any process."""
         given = self.config.calibration
-        return None if given is None else given.replace(data=str(resolve_output(given.data)))
+        if given is None:
+            return None
+        cache = given.cache
+        if not given.sequential:  # Trials share what is computed of the unchanged model.
+            cache = str(self.run_dir / "statistics" if cache is None else resolve_output(cache))
+        return given.replace(data=str(resolve_output(given.data)), cache=cache)
 
     def _probe(self, task: Task) -> dict[str, Any]:
         assert task.group is not None, "a probe is of a group"

@@ -183,13 +183,12 @@ def _ratio(found: Result) -> float | None:
 def _served(end: Finish, assignment: Assignment, results: Results) -> dict[str, float | None]:
     """Return a model's time through Ray Serve, and what was to be expected.
 
-    What Serve adds to the kernels is taken from the unchanged model, served first.
+    What Serve adds to the kernels is taken from the unchanged model, served beside it.
     """
-    base = results.get(Task(stage="serve"))
     found = results.get(Task(stage="serve", assignment=assignment))
-    if base is None or found is None or base.request_ms is None or found.request_ms is None:
+    if found is None or found.request_ms is None or found.base_request_ms is None:
         return {}
-    added_ms = base.request_ms - end.forecast.base_ms
+    added_ms = found.base_request_ms - end.forecast.base_ms
     expected_ms = end.forecast.latency_ms(assignment) + added_ms
     return {"served_ms": found.request_ms, "predicted_served_ms": expected_ms}
 

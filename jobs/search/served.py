@@ -1,14 +1,15 @@
 """Time a candidate as its users would: through Ray Serve and the gateway, over HTTP.
 
-Takes a search and a candidate; brings up the model and a gateway of its own beside what runs, asks
-one request of the workload after another, and takes both down. It imports nothing of `serving`: the
-applications are named as data.
+Takes a search and a candidate; brings up both the candidate and the unchanged model, and a gateway
+of its own, beside what runs; asks them in turn for one request of the workload after another, and
+takes all of it down. It imports nothing of `serving`: the applications are named as data.
 """
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -24,7 +25,7 @@ from jobs.applications import (
     running_apps,
     with_routes,
 )
-from jobs.config import DeployConfig
+from jobs.config import DeployConfig, Workload
 from jobs.data.tokens import open_split
 from jobs.deploy import Api, apply, wait_until_running
 from jobs.evaluation.parity import Endpoint
@@ -61,71 +62,85 @@ def stop_leftovers(search: Search) -> None:
 def time_served(search: Search, task: Task) -> Result:
     """Return the median milliseconds of requests to a candidate, as they are answered over HTTP.
 
-    Raises ClusterError if the model does not come up, EngineError if it does not answer.
+    The unchanged model's, asked in turn with it, stand beside them: a machine that slows down slows
+    both alike. Raises ClusterError if a model does not come up, EngineError if it does not answer.
     """
     began = time.perf_counter()
-    directory = search.packed(task.assignment) if task.assignment else search.model
-    with _offered(search, directory, serve_api()) as served:
+    with _offered(search, search.packed(task.assignment), serve_api()) as served:
         times_ms = list(_request_times_ms(search, served))
-    return Result(request_ms=statistics.median(times_ms), seconds=time.perf_counter() - began)
+    base_request_ms, request_ms = (statistics.median(each) for each in zip(*times_ms, strict=True))
+    return Result(
+        request_ms=request_ms,
+        base_request_ms=base_request_ms,
+        seconds=time.perf_counter() - began,
+    )
 
 
 @contextmanager
-def _offered(search: Search, directory: Path, api: Api) -> Iterator[Endpoint]:
-    """Run a model directory and a gateway before it, beside what runs; at last stop both."""
+def _offered(search: Search, directory: Path, api: Api) -> Iterator[list[Endpoint]]:
+    """Run the unchanged model, one of a directory and a gateway before them; at last stop all.
+
+    Gives both in this order. They share one trial's CPUs, as only one of them is asked at a time.
+    """
     config = search.config
-    engine_app_name, gateway = _names(search)
-    name, version = f"search-{config.name}", "0"
-    reference = f"{name}@{version}"
-    engine: App = {
-        "name": engine_app_name,
-        "route_prefix": None,
-        "import_path": ENGINE_IMPORT,
-        "args": {
-            "registry": str(search.run_dir),
-            "model": reference,
-            "directory": str(directory),
-            "cpus_per_replica": config.cpus_per_trial,
-            "drain_s": 1.0,
-            # Every request pays for its whole prompt, also where it begins as another did.
-            "engine_options": {"enable_prefix_cache": False},
-        },
-    }
+    *engine_names, gateway = names = _names(search)
+    engines: dict[str, App] = {}
+    routes = []
+    for version, (name, path) in enumerate(
+        zip(engine_names, (search.model, directory), strict=True)
+    ):
+        engines[name] = {
+            "name": name,
+            "route_prefix": None,
+            "import_path": ENGINE_IMPORT,
+            "args": {
+                "registry": str(search.run_dir),
+                "model": f"{_served_name(search)}@{version}",
+                "directory": str(path),
+                "cpus_per_replica": config.cpus_per_trial / len(engine_names),
+                "drain_s": 1.0,
+                "engine_options": {
+                    # Every request pays for its whole prompt, also where it begins as another did.
+                    "enable_prefix_cache": False,
+                    "num_threads": config.threads_per_trial,
+                },
+            },
+        }
+        routes.append(
+            {
+                "name": _served_name(search),
+                "version": str(version),
+                "weight": 1.0,
+                "published_s": int(time.time()),
+                "task": "generate",
+                "context_tokens": search.space.decoder.max_seq_len,
+                "application": name,
+                "scales_to_zero": False,
+            }
+        )
     deployment = DeployConfig(
         application=gateway,
-        model=reference,
+        model=_served_name(search),
         port=pick_port(0, "the search's gateway", "port"),
         ledger=str(search.run_dir / "served.db"),
     )
-    route = {
-        "name": name,
-        "version": version,
-        "weight": 1.0,
-        "published_s": int(time.time()),
-        "task": "generate",
-        "context_tokens": search.space.decoder.max_seq_len,
-        "application": engine["name"],
-        "scales_to_zero": False,
-    }
-    before = running_apps(api.details())
-    asked = {**before, engine["name"]: engine}
-    asked[gateway] = gateway_app(deployment, {}, api.http_port, [route])
-    names = (engine["name"], gateway)
+    asked = {**running_apps(api.details()), **engines}
+    asked[gateway] = gateway_app(deployment, {}, api.http_port, routes)
     try:
-        apply(api, with_routes(asked, gateway, [route]))
+        apply(api, with_routes(asked, gateway, routes))
         wait_until_running(api, names, deployment.ready_timeout_s)
-        with endpoint(reference, asked[gateway]["args"], _KEY_LIFETIME_S) as served:
-            yield served
+        with endpoint(_served_name(search), asked[gateway]["args"], _KEY_LIFETIME_S) as served:
+            yield [replace(served, model=f"{route['name']}@{route['version']}") for route in routes]
     finally:
         now = running_apps(api.details())
         apply(api, {each: app for each, app in now.items() if each not in names})
 
 
-def _request_times_ms(search: Search, served: Endpoint) -> Iterator[float]:
-    """Give the times of requests that were answered whole, after some to warm up.
+def _request_times_ms(search: Search, served: Sequence[Endpoint]) -> Iterator[list[float]]:
+    """Give the times of requests that each model answered whole, after some to warm up.
 
-    Prompts are of held-out text and all different, so that no prefix is known. An answer that the
-    model ends early is asked for with the next prompt.
+    Prompts are of held-out text and all different, so that no prefix is known. One whose answer a
+    model ends early does not count.
     """
     workload = search.config.workload
     split = open_split(search.data, "validation", verify=False)
@@ -135,38 +150,53 @@ def _request_times_ms(search: Search, served: Endpoint) -> Iterator[float]:
         search.config.seed,
     )[:, :-1]
     whole = 0
-    headers = {"Authorization": f"Bearer {served.api_key}"}
-    with httpx.Client(timeout=served.timeout_s, trust_env=False, headers=headers) as client:
-        for prompt in prompts.tolist():
-            body = {
-                "model": served.model,
-                "prompt": prompt,
-                "max_tokens": workload.output_tokens,
-                "temperature": 0,
-            }
-            began = time.perf_counter()
-            answer = client.post(f"{served.base_url}/completions", json=body)
-            took_ms = (time.perf_counter() - began) * 1e3
-            if answer.status_code != httpx.codes.OK:
-                raise EngineError(
-                    f"{served.model} answered {answer.status_code} to a request of the workload: "
-                    f"{answer.text[:300]}"
-                )
-            if answer.json()["usage"]["completion_tokens"] < workload.output_tokens:
+    with httpx.Client(timeout=served[0].timeout_s, trust_env=False) as client:
+        for turn, prompt in enumerate(prompts.tolist()):
+            places = range(len(served))[:: -1 if turn % 2 else 1]
+            asked = {each: _ask(client, served[each], prompt, workload) for each in places}
+            times_ms = [asked[place] for place in sorted(asked)]
+            if None in times_ms:
                 continue
             whole += 1
             if whole > _WARM_UPS:
-                yield took_ms
+                yield [each for each in times_ms if each is not None]
             if whole >= _WARM_UPS + _REQUESTS:
                 return
     if whole < _WARM_UPS + _LEAST_REQUESTS:
         raise EngineError(
-            f"{served.model} ended {len(prompts) - whole} of {len(prompts)} answers before "
+            f"{len(prompts) - whole} of {len(prompts)} answers ended before "
             f"workload.output_tokens={workload.output_tokens}. Lower it."
         )
 
 
-def _names(search: Search) -> tuple[str, str]:
-    """Return the names of the engine's and of the gateway's application."""
-    name = search.config.name
-    return engine_name(f"search-{name}", "0"), f"search--{name}"
+def _ask(
+    client: httpx.Client, served: Endpoint, prompt: list[int], workload: Workload
+) -> float | None:
+    """Return the milliseconds until a request was answered; None if the answer ended early."""
+    body = {
+        "model": served.model,
+        "prompt": prompt,
+        "max_tokens": workload.output_tokens,
+        "temperature": 0,
+    }
+    headers = {"Authorization": f"Bearer {served.api_key}"}
+    began = time.perf_counter()
+    answer = client.post(f"{served.base_url}/completions", json=body, headers=headers)
+    took_ms = (time.perf_counter() - began) * 1e3
+    if answer.status_code != httpx.codes.OK:
+        raise EngineError(
+            f"{served.model} answered {answer.status_code} to a request of the workload: "
+            f"{answer.text[:300]}"
+        )
+    is_whole = answer.json()["usage"]["completion_tokens"] >= workload.output_tokens
+    return took_ms if is_whole else None
+
+
+def _names(search: Search) -> tuple[str, str, str]:
+    """Return the names of the applications: two engines, the unchanged model's first, a gateway."""
+    name = _served_name(search)
+    return engine_name(name, "0"), engine_name(name, "1"), f"search--{search.config.name}"
+
+
+def _served_name(search: Search) -> str:
+    return f"search-{search.config.name}"

@@ -47,7 +47,7 @@ def run_tasks(search: Search, journal: Journal) -> Finish | Wanted:
     attempt = f"attempt-{uuid.uuid4().hex[:8]}"
     tuner = tune.Tuner(
         tune.with_resources(_Trial, {"cpu": config.cpus_per_trial}),
-        param_space={"num_threads": max(1, int(config.cpus_per_trial))},
+        param_space={"num_threads": config.threads_per_trial},
         tune_config=tune.TuneConfig(
             search_alg=_QueueSearcher(queue),
             num_samples=-1,

@@ -246,8 +246,17 @@ def test_pruning_options_when_they_contradict_say_what_to_give(options: dict[str
         load("wanda").Options.model_validate(options)
 
 
-def test_magnitude_when_half_is_pruned_zeroes_the_smallest_of_each_row() -> None:
+@pytest.mark.parametrize(
+    ("among", "expected"),
+    [
+        ("layer", [[0.0, -4.0, 0.0, 0.0], [10.0, 9.0, 0.0, -20.0]]),
+        ("row", [[0.0, -4.0, 3.0, 0.0], [10.0, 0.0, 0.0, -20.0]]),
+    ],
+)
+def test_magnitude_when_half_is_pruned_zeroes_the_smallest_of_the_layer_or_of_each_row(
+    among: str, expected: list[list[float]]
+) -> None:
     method = load("magnitude")
-    weight_OI = torch.tensor([[1.0, -4.0, 3.0, -2.0], [10.0, 0.5, 0.2, -20.0]])
-    result = method.apply(weight_OI, method.Options(sparsity=0.5))
-    assert result.weight_OI.tolist() == [[0.0, -4.0, 3.0, 0.0], [10.0, 0.0, 0.0, -20.0]]
+    weight_OI = torch.tensor([[1.0, -4.0, 3.0, -2.0], [10.0, 9.0, 0.2, -20.0]])
+    result = method.apply(weight_OI, method.Options(sparsity=0.5, among=among))
+    assert result.weight_OI.tolist() == expected

@@ -88,7 +88,7 @@ def answer(of: Space, task: Task) -> Result:
     request_ms = known.latency_ms(assignment)
     if task.stage in ("request", "serve"):
         added_ms = 5.0 if task.stage == "serve" else 0.0
-        return Result(request_ms=request_ms + added_ms, base_request_ms=known.base_ms)
+        return Result(request_ms=request_ms + added_ms, base_request_ms=known.base_ms + added_ms)
     checks = Checks(
         latency_ms=request_ms / 32,
         base_latency_ms=known.base_ms / 32,

@@ -159,9 +159,9 @@ def test_decide_when_none_passes_ends_without_winner_and_serves_nothing() -> Non
     assert ("serve", 0) not in stages(waves)
 
 
-def test_decide_when_finalists_are_served_asks_for_the_unchanged_model_too() -> None:
+def test_decide_when_one_finalist_is_served_asks_for_the_winner() -> None:
     end, waves, _ = play(space(served_finalists=1))
-    assert [task.assignment for task in waves[-1].tasks] == [UNCHANGED, end.winner]
+    assert [task.assignment for task in waves[-1].tasks] == [end.winner]
 
 
 def test_decide_when_no_finalist_is_to_be_served_ends_at_the_gate() -> None:

@@ -56,6 +56,18 @@ def kept_by_rows(score_OI: Tensor, options: SparsityOptions) -> Tensor:
     return _all_but_lowest(score_OI, num_zeros)
 
 
+def kept_of_all(score_OI: Tensor, options: SparsityOptions) -> Tensor:
+    """Return which weights stay: of all, or of every M of a row, those of the highest scores.
+
+    A share is rounded down to whole weights. M divides the inputs.
+    """
+    if options.kept_of is not None:
+        return kept_by_pattern(score_OI, *options.kept_of)
+    assert options.sparsity is not None, "checked by the options"
+    num_zeros = int(options.sparsity * score_OI.numel())
+    return _all_but_lowest(score_OI.flatten(), num_zeros).view_as(score_OI)
+
+
 def kept_by_pattern(score_OI: Tensor, kept: int, of: int) -> Tensor:
     """Return which weights stay: `kept` of every `of` consecutive ones in a row."""
     assert score_OI.shape[1] % of == 0, f"{kept}:{of} of {score_OI.shape[1]} inputs: not refused"

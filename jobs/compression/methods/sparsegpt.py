@@ -10,13 +10,12 @@ One-Shot", 2023.
 O output features, I input features, B columns of a block
 """
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from jobs.compression.inputs import LayerInputs
 from jobs.compression.methods._protocol import LayerResult
-from jobs.compression.methods._sparsity import SparsityOptions, kept_by_pattern
+from jobs.compression.methods._sparsity import SparsityOptions, kept_of_all
 from jobs.compression.surgeon import BLOCK, operate
 from jobs.kernels.formats import Layout
 
@@ -56,18 +55,10 @@ class _Pruning:
         score_OB = (weight_OB / diagonal_B).square_()
         score_OB[self._is_zero_OI[:, start : start + weight_OB.shape[1]]] = -1.0
         # A pattern or a share may keep more than there are; what was zero stays so all the same.
-        self._start, self._is_kept_OB = start, self._kept(score_OB) & (score_OB >= 0)
-
-    def _kept(self, score_OB: Tensor) -> Tensor:
-        if self._options.kept_of is not None:
-            return kept_by_pattern(score_OB, *self._options.kept_of)
-        assert self._options.sparsity is not None, "checked by the options"
-        num_zeros = int(self._options.sparsity * score_OB.numel())
-        is_kept_OB = torch.ones_like(score_OB, dtype=torch.bool)
-        if num_zeros:
-            lowest = score_OB.flatten().topk(num_zeros, largest=False).indices
-            is_kept_OB.view(-1)[lowest] = False
-        return is_kept_OB
+        self._start, self._is_kept_OB = (
+            start,
+            kept_of_all(score_OB, self._options) & (score_OB >= 0),
+        )
 
     def settle(self, column: int, weight_O: Tensor) -> Tensor:
         return weight_O * self._is_kept_OB[:, column - self._start]
