@@ -10,7 +10,7 @@ model would write itself; it is never negative and varies less from text to text
 B sequences, T tokens, C hidden width, N = B * T, V vocabulary
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -53,28 +53,30 @@ def divergences(
         if any(fnmatchcase(name, target) for target in targets)
     }
     saved = {name: weight.clone() for name, weight in kept.items()}
-    found = []
-    for recipe in recipes:
+    changed: dict[int, Tensor] = {}
+    for number, recipe in enumerate(recipes):
         if not recipe.steps:
-            found.append(0.0)
             continue
         apply_recipe(model, recipe)
-        found.append(_divergence(model, unchanged_NC, through(h_BTC)))
+        changed[number] = through(h_BTC)
         for name, weight in saved.items():
             kept[name].copy_(weight)
-    return tuple(found)
+    measured = dict(
+        zip(changed, _divergences(model, unchanged_NC, [*changed.values()]), strict=True)
+    )
+    return tuple(measured.get(number, 0.0) for number in range(len(recipes)))
 
 
-def _divergence(model: Decoder, expected_NC: Tensor, found_NC: Tensor) -> float:
-    total, count = 0.0, 0
-    for expected, found in _chunks(expected_NC, found_NC, model.config.vocab_size):
-        wanted_NV = functional.log_softmax(model.head(expected).float(), dim=-1)
-        given_NV = functional.log_softmax(model.head(found).float(), dim=-1)
-        divergence_N = (wanted_NV.exp() * (wanted_NV - given_NV)).sum(dim=-1)
-        total, count = total + float(divergence_N.double().sum()), count + len(divergence_N)
-    return total / count
-
-
-def _chunks(one_NC: Tensor, other_NC: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, _LOGITS_AT_ONCE // width)
-    return zip(one_NC.split(rows), other_NC.split(rows), strict=True)
+def _divergences(model: Decoder, expected_NC: Tensor, found: Sequence[Tensor]) -> list[float]:
+    """Return the mean divergence of what each of some states predicts from what is expected."""
+    totals = [0.0] * len(found)
+    rows = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
+    for start in range(0, len(expected_NC), rows):
+        part = slice(start, start + rows)
+        wanted_NV = functional.log_softmax(model.head(expected_NC[part]).float(), dim=-1)
+        shares_NV = wanted_NV.exp()
+        for place, found_NC in enumerate(found):
+            given_NV = functional.log_softmax(model.head(found_NC[part]).float(), dim=-1)
+            divergence_N = (shares_NV * (wanted_NV - given_NV)).sum(dim=-1)
+            totals[place] += float(divergence_N.double().sum())
+    return [total / len(expected_NC) for total in totals]
