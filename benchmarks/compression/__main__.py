@@ -6,7 +6,6 @@ weights. `--only` runs some sections; the report is written after each.
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,27 +35,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ConfigError as error:  # Before an hour of the other sections.
             say_on_stderr()(f"error: {error.message}")
             return error.exit_code
-    with tempfile.TemporaryDirectory(prefix="raysmith-bench-") as work:
-        bench = Bench(
-            arguments.seeds,
-            arguments.sequences,
-            arguments.calibration,
-            arguments.rounds,
-            Path(work),
-            say_on_stderr(),
-        )
+    bench = Bench(
+        arguments.seeds,
+        arguments.sequences,
+        arguments.calibration,
+        arguments.rounds,
+        say_on_stderr(),
+    )
 
-        def measure(name: str) -> dict[str, Any]:
-            section, found = SECTIONS[name](bench)
-            facts, of_facts = bench.facts()
-            claims.update({claim.name: claim.document() for claim in (*of_facts, *found)})
-            section = {**facts, **section, "claims": claims}
-            if bench.has_trials:
-                section["contenders"] = quality.contenders(bench.trials)
-                plots.draw(section["contenders"], folder / "compression.png")
-            return section
+    def measure(name: str) -> dict[str, Any]:
+        section, found = SECTIONS[name](bench)
+        facts, of_facts = bench.facts()
+        claims.update({claim.name: claim.document() for claim in (*of_facts, *found)})
+        section = {**facts, **section, "claims": claims}
+        if bench.has_trials:
+            section["contenders"] = quality.contenders(bench.trials)
+            plots.draw(section["contenders"], folder / "compression.png")
+        return section
 
-        exit_code = run_sections(document, arguments.json, names, measure)
+    exit_code = run_sections(document, arguments.json, names, measure)
     _print_claims(claims)
     return exit_code
 

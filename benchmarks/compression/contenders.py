@@ -32,6 +32,10 @@ class Contender:
     is_served: bool = False
     is_simulated: bool = False
 
+    def document(self) -> dict[str, Any]:
+        """Return what decides its losses."""
+        return {"recipe": self.recipe.model_dump(mode="json"), "is_served": self.is_served}
+
 
 def recipe_of(*steps: tuple[str, dict[str, Any]]) -> Recipe:
     """Return a recipe of methods and their options, for all linear layers of the blocks."""

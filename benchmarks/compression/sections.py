@@ -6,7 +6,6 @@ stands in the section's module.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from benchmarks.compression import (
     gate,
@@ -34,7 +33,6 @@ class Bench:
     num_sequences: int | None
     num_calibration: int
     rounds: int
-    folder: Path
     say: Say
     _subjects: list[Subject] = field(default_factory=list)
     _trials: list[Trial] = field(default_factory=list)
@@ -77,7 +75,7 @@ class Bench:
 
 def _structured(bench: Bench) -> Found:
     plans = [structured.plan_of(each) for each in bench.subjects]
-    return structured.measure(bench.trials, plans, bench.folder, bench.rounds)
+    return structured.measure(bench.trials, plans, bench.rounds)
 
 
 def _parity(bench: Bench) -> Found:

@@ -5,6 +5,7 @@ that the model was trained on at most, the cut model's decode latency over the d
 what W8A8 costs on top. The fresh model's learning rate is the best of a few, by validation loss.
 """
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from benchmarks._remembered import COMPRESSION, sources_digest
 from benchmarks.compression.contenders import DENSE, W8A8, recipe_of
 from benchmarks.compression.estimates import at_least, at_most, estimate, increase
 from benchmarks.compression.quality import Found
 from benchmarks.compression.subject import Subject, train, training
 from benchmarks.compression.trial import Trial
-from cluster.storage import read_manifest, staged_directory
+from cluster.storage import digest_bytes, digest_file, read_manifest, staged_directory
 from jobs.compression.packing import copy_companions, load_model, save_compressed
 from jobs.compression.recipe import apply_recipe, final_shape
 from jobs.config import DecoderConfig, OptimizerConfig, Recipe
@@ -41,11 +44,13 @@ _REMOVED = 1 / 3
 class Plan:
     """What a model is cut and repaired by, and how a fresh one of a shape is made.
 
-    `scratch(shape, lr)` returns a model trained on as many tokens as the repair reads.
+    `scratch(shape, lr)` returns a model trained on as many tokens as the repair reads. What is
+    repaired is kept in `folder`.
     """
 
     recipe: Recipe
     scratch: Callable[[DecoderConfig, float], Path]
+    folder: Path
 
 
 def plan_of(subject: Subject) -> Plan:
@@ -68,26 +73,26 @@ def plan_of(subject: Subject) -> Plan:
         )
         return train(fresh, subject.data, subject.data.parent / fresh.name)
 
-    return Plan(recipe_of(*CUTS, ("distill", repair)), scratch)
+    return Plan(recipe_of(*CUTS, ("distill", repair)), scratch, subject.data.parent / "repaired")
 
 
-def measure(trials: Sequence[Trial], plans: Sequence[Plan], folder: Path, rounds: int) -> Found:
-    """Return all figures; repaired models are kept in `folder` for their timing."""
+def measure(trials: Sequence[Trial], plans: Sequence[Plan], rounds: int) -> Found:
+    """Return all figures."""
     shape = final_shape(trials[0].shape, plans[0].recipe)
     assert isinstance(shape, DecoderConfig), "a decoder stays one"
     removed = 1 - count_parameters(shape) / count_parameters(trials[0].shape)
     # One model chooses the learning rate for all.
     lr = min(SCRATCH_LRS, key=lambda lr: _validation_loss(plans[0].scratch(shape, lr)))
-    repaired = [_repair(trial, plan, folder) for trial, plan in zip(trials, plans, strict=True)]
+    repaired = [repair(trial, plan) for trial, plan in zip(trials, plans, strict=True)]
     models = []
     for trial, plan, path in zip(trials, plans, repaired, strict=True):
         scratch = plan.scratch(shape, lr)
         models.append(
             {
                 DENSE: trial.losses(DENSE),
-                "repaired": trial.measure("repaired", lambda path=path: load_model(path).model),
-                "scratch": trial.measure("scratch", lambda path=scratch: load_model(path).model),
-                "w8a8": trial.measure("repaired-w8a8", lambda path=path: _w8a8(path)),
+                "repaired": _losses(trial, "repaired", path),
+                "scratch": _losses(trial, "scratch", scratch),
+                "w8a8": _losses(trial, "repaired-w8a8", _w8a8(path)),
             }
         )
     better = estimate(models, increase("repaired", "scratch"))
@@ -120,19 +125,32 @@ def measure(trials: Sequence[Trial], plans: Sequence[Plan], folder: Path, rounds
     return {"structured": section}, claims
 
 
-def _repair(trial: Trial, plan: Plan, folder: Path) -> Path:
-    path = folder / f"{trial.name}-repaired"
-    with staged_directory(path, {"kind": "model"}) as staged:
-        save_compressed(trial.compress(plan.recipe), staged)
-        copy_companions(trial.model, staged)
+def repair(trial: Trial, plan: Plan) -> Path:
+    """Return the directory of a model that was cut and repaired, now or before by the same code."""
+    decides = [
+        digest_file(trial.model / "model.safetensors"),
+        plan.recipe.model_dump_json(),
+        sources_digest((*COMPRESSION, "training")),
+    ]
+    path = plan.folder / digest_bytes(json.dumps(decides).encode())[:16]
+    if not path.is_dir():
+        with staged_directory(path, {"kind": "model"}) as staged:
+            save_compressed(trial.compress(plan.recipe), staged)
+            copy_companions(trial.model, staged)
     return path
 
 
-def _w8a8(path: Path) -> decoder.Decoder:
+def _w8a8(path: Path) -> Path:
     target = path.with_name(f"{path.name}-w8a8")
-    with staged_directory(target, {"kind": "model"}) as staged:
-        save_compressed(apply_recipe(decoder.load(path), W8A8), staged)
-    return load_model(target).model
+    if not target.is_dir():
+        with staged_directory(target, {"kind": "model"}) as staged:
+            save_compressed(apply_recipe(decoder.load(path), W8A8), staged)
+    return target
+
+
+def _losses(trial: Trial, name: str, model: Path) -> NDArray[np.float64]:
+    what = {"model_sha256": digest_file(model / "model.safetensors")}
+    return trial.measure(name, lambda: load_model(model).model, what)
 
 
 def _validation_loss(model: Path) -> float:

@@ -10,14 +10,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from benchmarks.compression.contenders import CONTENDERS, DENSE, Contender
+from benchmarks.compression.remembered import RememberedLosses
 from benchmarks.compression.subject import SEQ_LEN, Subject
+from benchmarks.serving.models import BENCH
 from jobs.compression.packing import load_model, save_compressed
 from jobs.compression.recipe import Compressed, apply_recipe, predicted_bytes
 from jobs.compression.text import CalibrationText, open_text, read_text
@@ -38,12 +40,19 @@ class Trial:
     """A model, held-out sequences [N, T+1] and calibration text."""
 
     def __init__(
-        self, name: str, model: Path, sequences: NDArray[np.int64], text: CalibrationText, say: Say
+        self,
+        name: str,
+        model: Path,
+        sequences: NDArray[np.int64],
+        text: CalibrationText,
+        say: Say,
+        remembered: RememberedLosses | None = None,
     ) -> None:
         self.name, self.model, self.sequences = name, model, sequences
         self.shape: DecoderConfig = _hf.from_hf_config(_hf.read_config(model))
         self._text, self._say = text, say
         self._losses: dict[str, NDArray[np.float64]] = {}
+        self._remembered = remembered
 
     @classmethod
     def open(
@@ -62,7 +71,8 @@ class Trial:
         )
         shape = _hf.from_hf_config(_hf.read_config(subject.model))
         text = read_text(calibration, open_text(calibration, subject.model, shape))
-        return cls(subject.config.name, subject.model, sequences, text, say)
+        remembered = RememberedLosses(BENCH / "losses", subject.model, sequences, text.tokens_NT)
+        return cls(subject.config.name, subject.model, sequences, text, say, remembered)
 
     @property
     def num_held_out_tokens(self) -> int:
@@ -80,22 +90,40 @@ class Trial:
         return dict(self._losses)
 
     def losses(self, name: str) -> NDArray[np.float64]:
-        """Return a contender's losses [N], computed at the first call."""
-        if name not in self._losses:
-            contender = CONTENDERS[name]
+        """Return a contender's losses [N], computed at the first call or remembered."""
+        if name in self._losses:
+            return self._losses[name]
+        contender = CONTENDERS[name]
+
+        def make() -> Decoder:
             if name == DENSE:
-                self.measure(name, lambda: load_model(self.model, verify=False).model)
-            else:
-                self.measure(name, lambda: as_stored(self.compress(contender.recipe), contender))
+                return load_model(self.model, verify=False).model
+            return as_stored(self.compress(contender.recipe), contender)
+
+        return self.measure(name, make, contender.document())
+
+    def measure(
+        self, name: str, make: Callable[[], Decoder], what: Any = None
+    ) -> NDArray[np.float64]:
+        """Return the losses [N] of a model, and keep them by a name.
+
+        With `what`, all that decides the model beside this one and the text, they are remembered.
+        """
+        known = None
+        if what is not None and self._remembered is not None:
+            known = self._remembered.read(what)
+        self._losses[name] = self._measure(name, make) if known is None else known
+        if known is not None:
+            self._say(f"{self.name}: {name}: perplexity {np.exp(known.mean()):.3f}, remembered")
+        elif what is not None and self._remembered is not None:
+            self._remembered.write(what, self._losses[name])
         return self._losses[name]
 
-    def measure(self, name: str, make: Callable[[], Decoder]) -> NDArray[np.float64]:
-        """Return the losses [N] of a model that is no contender, and keep them by a name."""
+    def _measure(self, name: str, make: Callable[[], Decoder]) -> NDArray[np.float64]:
         start_s = time.perf_counter()
         model = make()
         made_s = time.perf_counter() - start_s
         losses = sequence_losses(model, self.sequences, _SEQUENCES_AT_ONCE)
-        self._losses[name] = losses
         self._say(
             f"{self.name}: {name}: perplexity {np.exp(losses.mean()):.3f}; made in {made_s:.0f} s, "
             f"evaluated in {time.perf_counter() - start_s - made_s:.0f} s"

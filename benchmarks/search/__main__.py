@@ -12,19 +12,23 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks._remembered import COMPRESSION, Remembered
 from benchmarks._report import document_of, run_sections, say_on_stderr
 from benchmarks.compression.subject import subject
+from benchmarks.search import contenders
 from benchmarks.search.configs import search_config
-from benchmarks.search.contenders import Bench, compare, ratios
 from benchmarks.search.kills import measure_kills
 from benchmarks.search.plots import draw_fronts
 from benchmarks.search.runs import cluster, run
+from benchmarks.serving.models import BENCH
 from cluster.errors import SearchError
+from cluster.storage import digest_file
 from jobs.config import Rung
 from jobs.search.plan import plan_search
 
@@ -48,34 +52,48 @@ def compare_contenders(asked: Asked) -> dict[str, Any]:
     torch.set_num_threads(1)
     by_seed = []
     for seed in asked.seeds:
-        search = plan_search(search_config(subject(seed), asked.folder))
-        bench = Bench(search, asked.say)
-        found = compare(bench)
-        volumes = {name: bench.hypervolume(each.models) for name, each in found.items()}
-        asked.say(f"seed {seed}: {volumes}")
-        fronts = {
-            name: [bench.point(model) for model in each.models] for name, each in found.items()
-        }
-        draw_fronts(fronts, asked.plots / f"search-seed-{seed}.png")
-        by_seed.append(
-            {
-                "seed": seed,
-                "hypervolume": volumes,
-                "over_others": ratios(volumes),
-                "models": {name: len(each.models) for name, each in found.items()},
-                "seconds": {name: each.seconds for name, each in found.items()},
-                "points": {
-                    name: [point.model_dump() for point in points]
-                    for name, points in fronts.items()
-                },
-            }
-        )
+        by_seed.append(_compared(asked, seed))
+        draw_fronts(by_seed[-1]["points"], asked.plots / f"search-seed-{seed}.png")
     means: dict[str, Any] = {}
     for name in by_seed[0]["over_others"]:
         values = [each["over_others"][name] for each in by_seed]
         means[f"vs_{name}"] = statistics.mean(values)
         means[f"vs_{name}_range"] = [min(values), max(values)]
     return {**means, "by_seed": by_seed}
+
+
+def _compared(asked: Asked, seed: int) -> dict[str, Any]:
+    """Return what the contenders found in one seed's model, now or before by the same code."""
+    found = subject(seed)
+    config = search_config(found, asked.folder)
+    remembered = Remembered(
+        BENCH / "searches",
+        [json.dumps(found.document()), digest_file(Path(contenders.__file__))],
+        (*COMPRESSION, "search"),
+    )
+    what = config.model_dump(mode="json", exclude={"output_dir", "model", "data"})
+    known = remembered.read(what)
+    if known is not None:
+        asked.say(f"seed {seed}: remembered")
+        return dict(json.loads(known))
+    bench = contenders.Bench(plan_search(config), asked.say)
+    runs = contenders.compare(bench)
+    volumes = {name: bench.hypervolume(each.models) for name, each in runs.items()}
+    asked.say(f"seed {seed}: {volumes}")
+    measured = {
+        "seed": seed,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hypervolume": volumes,
+        "over_others": contenders.ratios(volumes),
+        "models": {name: len(each.models) for name, each in runs.items()},
+        "seconds": {name: each.seconds for name, each in runs.items()},
+        "points": {
+            name: [bench.point(model).model_dump() for model in each.models]
+            for name, each in runs.items()
+        },
+    }
+    remembered.write(what, json.dumps(measured).encode())
+    return measured
 
 
 def time_served(asked: Asked) -> dict[str, Any]:

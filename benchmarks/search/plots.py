@@ -8,11 +8,15 @@ from matplotlib.figure import Figure
 from jobs.search.pareto import Point
 
 
-def draw_fronts(fronts: Mapping[str, Sequence[Point]], path: Path) -> None:
-    """Draw perplexity against bytes and against latency, a colour for each contender."""
+def draw_fronts(fronts: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """Draw perplexity against bytes and against latency, a colour for each contender.
+
+    Fronts are points by contender, as JSON has them.
+    """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     sized, timed = figure.subplots(1, 2, sharey=True)
-    for number, (name, points) in enumerate(fronts.items()):
+    for number, (name, front) in enumerate(fronts.items()):
+        points = [Point.model_validate(point) for point in front]
         increases = [100 * point.perplexity_increase for point in points]
         style = {"s": 60 if name == "ours" else 22, "alpha": 0.8, "color": f"C{number}"}
         sized.scatter([100 * p.size_ratio for p in points], increases, label=name, **style)

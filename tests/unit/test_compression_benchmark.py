@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
 from benchmarks.compression import quality, size, speed, structured
 from benchmarks.compression.contenders import CONTENDERS, DENSE, W8A8, recipe_of
 from benchmarks.compression.estimates import Losses, at_least, at_most, estimate, increase, recovery
 from benchmarks.compression.plots import draw
+from benchmarks.compression.remembered import RememberedLosses
 from benchmarks.compression.resident import main as resident_main
 from benchmarks.compression.sections import Bench
 from benchmarks.compression.trial import Trial
@@ -20,7 +23,7 @@ from jobs.compression.recipe import apply_recipe, final_shape
 from jobs.config import DecoderConfig, Recipe, Step
 from jobs.evaluation.quality import sequence_losses
 from jobs.models import decoder
-from tests.compression_trials import SHAPE, open_trials, publish
+from tests.compression_trials import SHAPE, calibration, open_trials, publish
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +149,34 @@ def test_contenders_when_drawn_have_bytes_and_intervals(
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+def test_losses_when_measured_before_are_read_unless_the_text_is_another(tmp_path: Path) -> None:
+    sequences, calibration = np.arange(20).reshape(2, 10), torch.arange(8).view(2, 4)
+    (trial, *_) = open_trials(tmp_path / "models")
+
+    def remembered(sequences: NDArray[np.int64]) -> RememberedLosses:
+        return RememberedLosses(tmp_path / "losses", trial.model, sequences, calibration)
+
+    plain, gptq = (CONTENDERS[name].document() for name in ("naive-w4", "gptq-w4"))
+    losses = np.array([1.5, 2.5])
+    remembered(sequences).write(plain, losses)
+    found = remembered(sequences).read(plain)
+    assert found is not None
+    assert np.array_equal(found, losses)
+    assert remembered(sequences).read(gptq) is None
+    assert remembered(sequences + 1).read(plain) is None
+
+
+def test_trial_when_losses_are_remembered_measures_nothing(tmp_path: Path) -> None:
+    (trial, *_) = open_trials(tmp_path / "models")
+    measured = trial.losses(DENSE)
+    said: list[str] = []
+    known = RememberedLosses(tmp_path, trial.model, trial.sequences, torch.zeros(1, 1))
+    for _ in range(2):
+        again = Trial("m", trial.model, trial.sequences, calibration(), said.append, known)
+        assert np.array_equal(again.losses(DENSE), measured)
+    assert ["remembered" in line for line in said] == [False, True]
+
+
 @pytest.mark.parametrize("name", ["awq-w4", "gptq-w3", "wanda-unstructured"])
 def test_trial_when_files_round_what_is_not_quantized_has_their_losses(
     trials: list[Trial], tmp_path: Path, name: str
@@ -181,8 +212,8 @@ def test_structured_when_cut_reports_perplexities_and_latency(
         loss = {"validation_loss": abs(lr - 2e-3)}
         return publish(path, shape, seed=len(rates), metrics=loss)
 
-    plans = [structured.Plan(cuts, scratch) for _ in trials]
-    section, claims = structured.measure(trials, plans, tmp_path, rounds=1)
+    plans = [structured.Plan(cuts, scratch, tmp_path / "repaired") for _ in trials]
+    section, claims = structured.measure(trials, plans, rounds=1)
     found = section["structured"]
     assert final_shape(SHAPE, cuts).num_layers == found["shape"]["num_layers"] == 1
     assert found["parameters_removed"] > 1 / 3
@@ -269,10 +300,8 @@ def test_speed_when_two_formats_have_four_bits_w4_is_the_faster(tmp_path: Path) 
     assert [claim.name for claim in claims] == ["speed.w4_batch1"]
 
 
-def test_facts_when_models_are_on_trial_count_held_out_tokens(
-    trials: list[Trial], tmp_path: Path
-) -> None:
-    bench = Bench([0, 1], None, 16, 1, tmp_path, print, _trials=trials)
+def test_facts_when_models_are_on_trial_count_held_out_tokens(trials: list[Trial]) -> None:
+    bench = Bench([0, 1], None, 16, 1, print, _trials=trials)
     facts, claims = bench.facts()
     assert facts["held_out_tokens"] == trials[0].sequences[:, 1:].size
     assert facts["calibration_tokens"] == 16 * 32
@@ -282,4 +311,4 @@ def test_facts_when_models_are_on_trial_count_held_out_tokens(
         "at_least": 200_000,
         "is_met": False,
     }
-    assert Bench([0], None, 16, 1, tmp_path, print).facts() == ({}, [])
+    assert Bench([0], None, 16, 1, print).facts() == ({}, [])
