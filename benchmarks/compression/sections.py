@@ -19,7 +19,7 @@ from benchmarks.compression import (
 )
 from benchmarks.compression.estimates import Claim, at_least, at_most
 from benchmarks.compression.quality import Found, Section
-from benchmarks.compression.subject import Subject, subject
+from benchmarks.compression.subject import Subject, subjects
 from benchmarks.compression.trial import Say, Trial
 
 HELD_OUT_TOKENS = 200_000
@@ -41,7 +41,7 @@ class Bench:
     def subjects(self) -> list[Subject]:
         """The models."""
         if not self._subjects:
-            self._subjects = [subject(seed) for seed in self.seeds]
+            self._subjects = subjects(self.seeds)
         return self._subjects
 
     @property

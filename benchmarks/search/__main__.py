@@ -20,7 +20,7 @@ import torch
 
 from benchmarks._remembered import COMPRESSION, Remembered
 from benchmarks._report import document_of, run_sections, say_on_stderr
-from benchmarks.compression.subject import subject
+from benchmarks.compression.subject import Subject, subject, subjects
 from benchmarks.search import contenders
 from benchmarks.search.configs import search_config
 from benchmarks.search.kills import measure_kills
@@ -51,9 +51,9 @@ def compare_contenders(asked: Asked) -> dict[str, Any]:
     """Let all contenders search each seed's model, on one thread as a trial has."""
     torch.set_num_threads(1)
     by_seed = []
-    for seed in asked.seeds:
-        by_seed.append(_compared(asked, seed))
-        draw_fronts(by_seed[-1]["points"], asked.plots / f"search-seed-{seed}.png")
+    for found in subjects(asked.seeds):
+        by_seed.append(_compared(asked, found))
+        draw_fronts(by_seed[-1]["points"], asked.plots / f"search-seed-{found.seed}.png")
     means: dict[str, Any] = {}
     for name in by_seed[0]["over_others"]:
         values = [each["over_others"][name] for each in by_seed]
@@ -62,9 +62,8 @@ def compare_contenders(asked: Asked) -> dict[str, Any]:
     return {**means, "by_seed": by_seed}
 
 
-def _compared(asked: Asked, seed: int) -> dict[str, Any]:
+def _compared(asked: Asked, found: Subject) -> dict[str, Any]:
     """Return what the contenders found in one seed's model, now or before by the same code."""
-    found = subject(seed)
     config = search_config(found, asked.folder)
     remembered = Remembered(
         BENCH / "searches",
@@ -74,14 +73,14 @@ def _compared(asked: Asked, seed: int) -> dict[str, Any]:
     what = config.model_dump(mode="json", exclude={"output_dir", "model", "data"})
     known = remembered.read(what)
     if known is not None:
-        asked.say(f"seed {seed}: remembered")
+        asked.say(f"seed {found.seed}: remembered")
         return dict(json.loads(known))
     bench = contenders.Bench(plan_search(config), asked.say)
     runs = contenders.compare(bench)
     volumes = {name: bench.hypervolume(each.models) for name, each in runs.items()}
-    asked.say(f"seed {seed}: {volumes}")
+    asked.say(f"seed {found.seed}: {volumes}")
     measured = {
-        "seed": seed,
+        "seed": found.seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hypervolume": volumes,
         "over_others": contenders.ratios(volumes),
