@@ -34,7 +34,8 @@ from jobs.search.tasks import Result, Task
 from jobs.search.trial import run_trial
 
 Say = Callable[[str], None]
-_MOST_ASKED = 10_000  # A contender that asks for what it knows already costs nothing.
+_MOST_REPEATS = 20
+_MOST_ASKED = 1000  # A contender that asks for what it knows already costs nothing.
 
 
 @dataclass
@@ -147,7 +148,10 @@ def random_assignments(bench: Bench) -> Iterator[Assignment]:
 
 
 def play_tpe(bench: Bench, budget_s: float) -> Found:
-    """Let Optuna's TPE choose, told of the three objectives as shares of the worst."""
+    """Let Optuna's TPE choose, told of the three objectives as shares of the worst.
+
+    Where it asks for nothing but what it knows it is given something random.
+    """
     space = bench.search.space
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=bench.config.seed)
@@ -156,11 +160,16 @@ def play_tpe(bench: Bench, budget_s: float) -> Found:
     asked: list[optuna.Trial] = []
 
     def ask() -> Iterator[Assignment]:
+        others, num_repeats = random_assignments(bench), 0
         while True:
+            if num_repeats >= _MOST_REPEATS:
+                titles = [group.title for group in space.groups]
+                study.enqueue_trial(dict(zip(titles, next(others), strict=True)))
             trial = study.ask()
             asked.append(trial)
             yield tuple(trial.suggest_categorical(group.title, names) for group in space.groups)
-            if trial.number not in told:
+            num_repeats = 0 if trial.number in told else num_repeats + 1
+            if num_repeats:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
     told: set[int] = set()
