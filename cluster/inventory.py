@@ -23,6 +23,7 @@ from cluster.hardware import Catalogue, detect_cpu, load_catalogue
 _ACCELERATOR_RESOURCE = "accelerator_type:"
 _ACCELERATOR_LABEL = "ray.io/accelerator-type"
 _MARKET_LABEL = "ray.io/market-type"
+NODE_LABEL = "ray.io/node-id"  # Its value is a node's id.
 
 
 class Node(StrictModel):

@@ -44,6 +44,9 @@ class EngineArgs(StrictModel):
     )
     cpus_per_replica: float = Field(default=1.0, gt=0, description="CPUs reserved for each.")
     gpus_per_replica: float = Field(default=0.0, ge=0, description="GPUs reserved for each.")
+    node_labels: dict[str, str] = Field(
+        default={}, description="Ray's labels that a node must have to run one; {}: any node."
+    )
     engine: str = Field(default="native", description="Plug-in in serving/engines.")
     engine_options: dict[str, Any] = Field(default={}, description="The engine's own options.")
     drain_s: float = Field(
@@ -120,6 +123,7 @@ def build_engine(args: EngineArgs) -> serve.Application:
         ray_actor_options={
             "num_cpus": args.cpus_per_replica,
             "num_gpus": args.gpus_per_replica,
+            **({"label_selector": args.node_labels} if args.node_labels else {}),
         },
     )
     application: serve.Application = engine.bind(

@@ -5,6 +5,7 @@ N sequences
 
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,23 @@ from benchmarks._remembered import COMPRESSION, Remembered
 from cluster.storage import digest_file
 
 
+def remembered(
+    folder: Path, model: Path, texts: Sequence[NDArray[Any]], packages: Sequence[str] = ()
+) -> Remembered:
+    """Return what is remembered of a model and texts; `packages` of `jobs` decide as well."""
+    inputs = [digest_file(model / name) for name in ("model.safetensors", "config.json")]
+    inputs += [_digest(text) for text in texts]
+    modules = ("compression/trial", "compression/contenders")
+    return Remembered(folder, inputs, (*COMPRESSION, *packages), modules)
+
+
 class RememberedLosses:
     """Losses by what was done to the model."""
 
     def __init__(
         self, folder: Path, model: Path, sequences: NDArray[np.int64], calibration: Tensor
     ) -> None:
-        depends_on = [
-            digest_file(model / "model.safetensors"),
-            digest_file(model / "config.json"),
-            _digest(sequences),
-            _digest(calibration.numpy()),
-        ]
-        self._remembered = Remembered(folder, depends_on, COMPRESSION)
+        self._remembered = remembered(folder, model, [sequences, calibration.numpy()])
 
     def read(self, what: Any) -> NDArray[np.float64] | None:
         """Return the losses [N] of what is described in full; None if they were not measured."""

@@ -5,7 +5,6 @@ that the model was trained on at most, the cut model's decode latency over the d
 what W8A8 costs on top. The fresh model's learning rate is the best of a few, by validation loss.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks._remembered import COMPRESSION, sources_digest
 from benchmarks.compression.contenders import DENSE, W8A8, recipe_of
 from benchmarks.compression.estimates import at_least, at_most, estimate, increase
 from benchmarks.compression.quality import Found
+from benchmarks.compression.remembered import remembered
 from benchmarks.compression.subject import Subject, train, training
 from benchmarks.compression.trial import Trial
 from cluster.storage import digest_bytes, digest_file, read_manifest, staged_directory
@@ -127,12 +126,9 @@ def measure(trials: Sequence[Trial], plans: Sequence[Plan], rounds: int) -> Foun
 
 def repair(trial: Trial, plan: Plan) -> Path:
     """Return the directory of a model that was cut and repaired, now or before by the same code."""
-    decides = [
-        digest_file(trial.model / "model.safetensors"),
-        plan.recipe.model_dump_json(),
-        sources_digest((*COMPRESSION, "training")),
-    ]
-    path = plan.folder / digest_bytes(json.dumps(decides).encode())[:16]
+    texts = [trial.text.tokens_NT.numpy(), *trial.text.split.shards]
+    known = remembered(plan.folder, trial.model, texts, packages=["training"])
+    path = known.path(plan.recipe.model_dump(mode="json"))
     if not path.is_dir():
         with staged_directory(path, {"kind": "model"}) as staged:
             save_compressed(trial.compress(plan.recipe), staged)
@@ -141,7 +137,7 @@ def repair(trial: Trial, plan: Plan) -> Path:
 
 
 def _w8a8(path: Path) -> Path:
-    target = path.with_name(f"{path.name}-w8a8")
+    target = path.with_name(f"{path.name}-{digest_bytes(W8A8.model_dump_json().encode())[:12]}")
     if not target.is_dir():
         with staged_directory(target, {"kind": "model"}) as staged:
             save_compressed(apply_recipe(decoder.load(path), W8A8), staged)

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.serving.models import BENCH
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, TrainingError
 from cluster.storage import digest_file, read_manifest, verify_directory
 from jobs.config import (
     DataConfig,
@@ -108,7 +108,7 @@ def subjects(seeds: Sequence[int]) -> list[Subject]:
     prepare(training(seeds[0]), _FOLDER / "data")
     missing = [seed for seed in seeds if not (_FOLDER / training(seed).name / "model").is_dir()]
     if len(missing) > 1:
-        with ThreadPoolExecutor(os.cpu_count()) as cores:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as cores:
             list(cores.map(_train_on_one_core, missing))
     return [subject(seed) for seed in seeds]
 
@@ -122,11 +122,14 @@ def subject(seed: int) -> Subject:
 
 
 def _train_on_one_core(seed: int) -> None:
-    subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "benchmarks.compression.subject", "--seeds", str(seed)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
+        stdout=subprocess.DEVNULL,
+        check=False,
     )
+    if ended.returncode:
+        raise TrainingError(f"the model of seed {seed} was not trained (exit {ended.returncode}).")
 
 
 def train(config: TrainConfig, data: Path, folder: Path) -> Path:

@@ -50,7 +50,7 @@ class Trial:
     ) -> None:
         self.name, self.model, self.sequences = name, model, sequences
         self.shape: DecoderConfig = _hf.from_hf_config(_hf.read_config(model))
-        self._text, self._say = text, say
+        self.text, self._say = text, say
         self._losses: dict[str, NDArray[np.float64]] = {}
         self._remembered = remembered
 
@@ -82,7 +82,7 @@ class Trial:
     @property
     def num_calibration_tokens(self) -> int:
         """Tokens that methods see."""
-        return self._text.tokens_NT.numel()
+        return self.text.tokens_NT.numel()
 
     @property
     def known(self) -> dict[str, NDArray[np.float64]]:
@@ -132,7 +132,7 @@ class Trial:
 
     def compress(self, recipe: Recipe) -> Compressed[Decoder]:
         """Return what a recipe makes of the model."""
-        return apply_recipe(decoder.load(self.model), recipe, self._text, self._tell)
+        return apply_recipe(decoder.load(self.model), recipe, self.text, self._tell)
 
     def size_bytes(self, name: str) -> int | None:
         """Return the bytes of a contender's weights; None for other models that were measured."""

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
 
 from benchmarks._remembered import COMPRESSION, Remembered
@@ -28,7 +29,6 @@ from benchmarks.search.plots import draw_fronts
 from benchmarks.search.runs import cluster, run
 from benchmarks.serving.models import BENCH
 from cluster.errors import SearchError
-from cluster.storage import digest_file
 from jobs.config import Rung
 from jobs.search.plan import plan_search
 
@@ -52,7 +52,8 @@ def compare_contenders(asked: Asked) -> dict[str, Any]:
     torch.set_num_threads(1)
     by_seed = []
     for found in subjects(asked.seeds):
-        by_seed.append(_compared(asked, found))
+        compared = _compared(asked, found)
+        by_seed.append({**compared, "over_others": contenders.ratios(compared["hypervolume"])})
         draw_fronts(by_seed[-1]["points"], asked.plots / f"search-seed-{found.seed}.png")
     means: dict[str, Any] = {}
     for name in by_seed[0]["over_others"]:
@@ -67,8 +68,9 @@ def _compared(asked: Asked, found: Subject) -> dict[str, Any]:
     config = search_config(found, asked.folder)
     remembered = Remembered(
         BENCH / "searches",
-        [json.dumps(found.document()), digest_file(Path(contenders.__file__))],
-        (*COMPRESSION, "search"),
+        [json.dumps(found.document()), f"optuna {optuna.__version__}"],
+        (*COMPRESSION, "search", "training"),
+        ("search/contenders",),
     )
     what = config.model_dump(mode="json", exclude={"output_dir", "model", "data"})
     known = remembered.read(what)
@@ -83,7 +85,6 @@ def _compared(asked: Asked, found: Subject) -> dict[str, Any]:
         "seed": found.seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hypervolume": volumes,
-        "over_others": contenders.ratios(volumes),
         "models": {name: len(each.models) for name, each in runs.items()},
         "seconds": {name: each.seconds for name, each in runs.items()},
         "points": {

@@ -119,7 +119,7 @@ class BlockWork:
                 self._change(list(some), part, firsts, inputs)
                 continue
             for action, layers in some:
-                # Anew for each: what was scaled or pruned before has changed them.
+                # Anew for each: where text is sequential, what was scaled or pruned changed them.
                 if _asks(action) and layers:
                     assert text is not None, "refused before"
                     self.effects = text.effects(layers)

@@ -7,7 +7,7 @@ It does not know how a method works (see jobs/compression/methods), nor what is 
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Generic, TypeVar
 
@@ -53,9 +53,9 @@ def apply_recipe(
 
     Where a method has to see what feeds a layer, the text's tokens go through the model block by
     block: each block's layers take all steps that change layers, up to the next that changes the
-    model as a whole, and later blocks see what they make of the text, or what the unchanged ones
-    do where the text is not `sequential`. `progress` hears of blocks
-    or steps of training done, of how many. A layer that is quantized twice takes the last choice,
+    model as a whole, and later blocks see what they make of the text; where the text is not
+    `is_sequential`, what the model made of it before these steps. `progress` hears of blocks or
+    steps of training done, of how many. A layer that is quantized twice takes the last choice,
     computed from its unquantized weight. A head that shares the embedding's weight takes a copy of
     its own if a step names it. The dense model is kept beside the other up to the last repair.
     `workers` compute what becomes of layers; unset, one after the other in this process. `scratch`
@@ -65,6 +65,8 @@ def apply_recipe(
     """
     actions = resolve(recipe, model.config)
     _check_text(actions, has_text=text is not None)
+    if text is not None and not text.is_sequential:
+        _check_scaled_once(actions)
     work = BlockWork(model, final_layouts(actions), workers or InProcess())
     if not isinstance(model, Decoder):
         work.run(actions, linear_names(model), None)
@@ -80,8 +82,9 @@ def apply_recipe(
         if not is_of_model:
             go_through(list(run), work, text, progress, scratch)
             continue
+        assert text is not None, "refused before"
+        text = replace(text, cache=None)  # Only the unchanged model is other recipes' as well.
         for action in run:
-            assert text is not None, "refused before"
             if teacher is not None and _is_repair(action):
                 _repair(work, action, teacher, text, progress)
                 teacher = None if action.number == last_repair else teacher
@@ -146,6 +149,16 @@ def _check_text(actions: Sequence[Action], *, has_text: bool) -> None:
             raise RecipeError(
                 f"{action.place} cannot be applied: it has to see text. Give `calibration`{others}."
             )
+
+
+def _check_scaled_once(actions: Sequence[Action]) -> None:
+    """Raise RecipeError for a second scaling: it has to see the model that the first one made."""
+    scaling = [action for action in actions if action.is_scaling]
+    if len(scaling) > 1:
+        raise RecipeError(
+            f"{scaling[1].place} would see the inputs that layers had before {scaling[0].place}. "
+            "Leave one of them out, or set `sequential: true` in `calibration`."
+        )
 
 
 def _needs(actions: Sequence[Action]) -> dict[str, TextNeed]:

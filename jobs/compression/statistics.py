@@ -9,6 +9,7 @@ O output features, I input features
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.errors import IntegrityError, StorageError, VersionExistsError
+from cluster.errors import IntegrityError, StorageError
+from cluster.locks import exclusive
 from cluster.storage import (
     digest_file,
     library_storage_errors,
@@ -38,6 +40,7 @@ _KIND = "statistics"
 _FORMAT = 1  # part of the digest: another meaning of the files is another folder
 _GRAM, _MEAN, _MAX, _COUNT = "gram_II", "mean_abs_I", "max_abs_I", "num_tokens"
 _EFFECT = "effect_O"
+_LONGEST_S = 24 * 3600.0
 Progress = Callable[[int, int], None]
 
 
@@ -47,10 +50,15 @@ class DenseStatistics:
     A file's digest is checked before it is read for the first time.
     """
 
-    def __init__(self, folder: Path, device: torch.device, stack: ExitStack) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        recorded: Mapping[str, Mapping[str, str]],
+        device: torch.device,
+        stack: ExitStack,
+    ) -> None:
         self.folder = folder
-        self._device, self._stack = device, stack
-        self._recorded: Mapping[str, Mapping[str, str]] = read_manifest(folder)["files"]
+        self._recorded, self._device, self._stack = recorded, device, stack
         self._checked: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -133,9 +141,15 @@ def dense_statistics(
             where = None if scratch is None else scratch.folder
             cache = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=where)))
         folder = cache / statistics_digest(model, tokens_NT)
-        if not folder.is_dir():
-            _write(model, tokens_NT, folder, progress, scratch)
-        return DenseStatistics(folder, device, stack.pop_all())
+        lock = cache / f"{folder.name}.lock"
+        # Others that ask for the same wait for it: it may fill a disk once, not twice.
+        with exclusive(lock, "a calibration", StorageError, timeout_s=_LONGEST_S):
+            if not folder.is_dir():
+                for leftover in cache.glob(f".{folder.name}.*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                _write(model, tokens_NT, folder, progress, scratch)
+        recorded = read_manifest(folder)["files"]
+        return DenseStatistics(folder, recorded, device, stack.pop_all())
     raise AssertionError("an exit stack swallowed an exception")
 
 
@@ -160,21 +174,17 @@ def _write(
     model: Decoder, tokens_NT: Tensor, folder: Path, progress: Progress, scratch: Scratch | None
 ) -> None:
     num_blocks = model.config.num_layers
-    try:
-        with (
-            staged_directory(folder, {"kind": _KIND}) as staging,
-            CalibrationPass(model, tokens_NT, scratch) as text,
-        ):
-            for block in range(num_blocks):
-                groups = shared_inputs(block)
-                effects = text.effects([layer for group in groups for layer in group.layers])
-                inputs = text.observe([group.layers[0] for group in groups], moves_on=True)
-                _save(staging, _file_name(block), inputs, effects)
-                progress(block + 1, num_blocks)
-            _save(staging, _file_name(None), text.observe([HEAD]), {})
-    except (VersionExistsError, StorageError):
-        if not folder.is_dir():  # else another process has written the same meanwhile
-            raise
+    with (
+        staged_directory(folder, {"kind": _KIND}) as staging,
+        CalibrationPass(model, tokens_NT, scratch) as text,
+    ):
+        for block in range(num_blocks):
+            groups = shared_inputs(block)
+            effects = text.effects([layer for group in groups for layer in group.layers])
+            inputs = text.observe([group.layers[0] for group in groups], moves_on=True)
+            _save(staging, _file_name(block), inputs, effects)
+            progress(block + 1, num_blocks)
+        _save(staging, _file_name(None), text.observe([HEAD]), {})
 
 
 def _save(

@@ -5,6 +5,7 @@ Takes a SearchConfig; gives a SearchOutcome, `search.json`, `report.html` and th
 """
 
 import logging
+import shutil
 
 from cluster.errors import ClusterError, EngineError, GateRefusedError, SearchError
 from cluster.locks import exclusive
@@ -41,6 +42,7 @@ def run_search(config: SearchConfig) -> SearchOutcome:
         write_page(search, outcome, journal.results)
         write_study(search, outcome)
         write_events(search, outcome)
+        shutil.rmtree(search.statistics, ignore_errors=True)
     if outcome.winner is None:
         raise GateRefusedError(
             f"search `{config.name}`: {outcome.why}. Loosen `gate`, widen `schemes`, or train "

@@ -26,9 +26,15 @@ from jobs.search.space import Assignment, Space, build_space, layout_of
 from jobs.search.tasks import Task
 from jobs.search.trial import Format, TrialSpec
 
-# Asked of Ray Serve at most: some warm up, and an answer that ends early is asked for again.
+# Asked of Ray Serve: some warm up, and an answer that ends early does not count.
 NUM_PROMPTS = 24
-_NOT_IN_FINGERPRINT = {"output_dir", "max_concurrent_trials", "served_finalists"}
+_NOT_IN_FINGERPRINT: dict[str, Any] = {
+    "output_dir": True,
+    "max_concurrent_trials": True,
+    "served_finalists": True,
+    "calibration": {"cache"},
+}
+_FORMAT = 2  # Of results: those of another meaning are another search's.
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,11 @@ class Search:
         return self.run_dir / "trials" / name
 
     @property
+    def statistics(self) -> Path:
+        """Where statistics of the unchanged model are while it searches."""
+        return self.run_dir / "statistics"
+
+    @property
     def calibration(self) -> CalibrationConfig | None:
         """The config's, its folders found from any process."""
         given = self.config.calibration
@@ -86,7 +97,7 @@ class Search:
             return None
         cache = given.cache
         if not given.sequential:  # Trials share what is computed of the unchanged model.
-            cache = str(self.run_dir / "statistics" if cache is None else resolve_output(cache))
+            cache = str(self.statistics if cache is None else resolve_output(cache))
         return given.replace(data=str(resolve_output(given.data)), cache=cache)
 
     def _probe(self, task: Task) -> dict[str, Any]:
@@ -133,7 +144,9 @@ def plan_search(config: SearchConfig) -> Search:
         model=model,
         data=data,
         space=space,
-        fingerprint=digest_bytes(f"{document}{model_digest}{data_digest}{text_digest}".encode()),
+        fingerprint=digest_bytes(
+            f"{_FORMAT}{document}{model_digest}{data_digest}{text_digest}".encode()
+        ),
     )
 
 

@@ -50,6 +50,8 @@ class TrialRow(StrictModel):
     served_ms: float | None = None
     """The same request through Ray Serve; beside it what the kernels' table says of it."""
     predicted_served_ms: float | None = None
+    base_served_ms: float | None = None
+    """The unchanged model's, asked in turn with it."""
     memory_bytes: int | None = None
     seconds: float = 0.0
     on_front: bool = False
@@ -190,7 +192,11 @@ def _served(end: Finish, assignment: Assignment, results: Results) -> dict[str, 
         return {}
     added_ms = found.base_request_ms - end.forecast.base_ms
     expected_ms = end.forecast.latency_ms(assignment) + added_ms
-    return {"served_ms": found.request_ms, "predicted_served_ms": expected_ms}
+    return {
+        "served_ms": found.request_ms,
+        "predicted_served_ms": expected_ms,
+        "base_served_ms": found.base_request_ms,
+    }
 
 
 def _nearest(end: Finish) -> Verdict | None:
@@ -241,6 +247,7 @@ def _winner_manifest(search: Search, outcome: SearchOutcome, row: TrialRow) -> d
             "memory_bytes": row.memory_bytes,
             "request_ms": row.latency_ms,
             "served_ms": row.served_ms,
+            "base_served_ms": row.base_served_ms,
         },
         "lineage": {
             **parent.get("lineage", {}),

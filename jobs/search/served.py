@@ -14,7 +14,8 @@ from pathlib import Path
 
 import httpx
 
-from cluster.errors import ConfigError, EngineError
+from cluster.errors import ClusterError, ConfigError, EngineError
+from cluster.inventory import NODE_LABEL, cluster_inventory
 from cluster.processes import pick_port
 from cluster.serve_api import serve_api
 from jobs.applications import (
@@ -37,7 +38,7 @@ _WARM_UPS = 3
 _REQUESTS = 15
 _LEAST_REQUESTS = 5
 _SPARE = 3
-_KEY_LIFETIME_S = 900.0
+_REQUEST_TIMEOUT_S = 120.0
 
 
 def check_can_serve() -> None:
@@ -80,12 +81,15 @@ def time_served(search: Search, task: Task) -> Result:
 def _offered(search: Search, directory: Path, api: Api) -> Iterator[list[Endpoint]]:
     """Run the unchanged model, one of a directory and a gateway before them; at last stop all.
 
-    Gives both in this order. They share one trial's CPUs, as only one of them is asked at a time.
+    Gives both in this order. They share one trial's CPUs, on one node, as only one of them is asked
+    at a time.
     """
     config = search.config
     *engine_names, gateway = names = _names(search)
+    node = _some_node(config.cpus_per_trial)
     engines: dict[str, App] = {}
     routes = []
+    tokens = config.workload.prompt_tokens + config.workload.output_tokens
     for version, (name, path) in enumerate(
         zip(engine_names, (search.model, directory), strict=True)
     ):
@@ -98,11 +102,14 @@ def _offered(search: Search, directory: Path, api: Api) -> Iterator[list[Endpoin
                 "model": f"{_served_name(search)}@{version}",
                 "directory": str(path),
                 "cpus_per_replica": config.cpus_per_trial / len(engine_names),
+                "node_labels": node,
                 "drain_s": 1.0,
                 "engine_options": {
                     # Every request pays for its whole prompt, also where it begins as another did.
                     "enable_prefix_cache": False,
                     "num_threads": config.threads_per_trial,
+                    "max_slots": 1,
+                    "max_len": tokens,
                 },
             },
         }
@@ -113,7 +120,7 @@ def _offered(search: Search, directory: Path, api: Api) -> Iterator[list[Endpoin
                 "weight": 1.0,
                 "published_s": int(time.time()),
                 "task": "generate",
-                "context_tokens": search.space.decoder.max_seq_len,
+                "context_tokens": tokens,
                 "application": name,
                 "scales_to_zero": False,
             }
@@ -129,7 +136,8 @@ def _offered(search: Search, directory: Path, api: Api) -> Iterator[list[Endpoin
     try:
         apply(api, with_routes(asked, gateway, routes))
         wait_until_running(api, names, deployment.ready_timeout_s)
-        with endpoint(_served_name(search), asked[gateway]["args"], _KEY_LIFETIME_S) as served:
+        lifetime_s = len(routes) * _SPARE * NUM_PROMPTS * _REQUEST_TIMEOUT_S
+        with endpoint(_served_name(search), asked[gateway]["args"], lifetime_s) as served:
             yield [replace(served, model=f"{route['name']}@{route['version']}") for route in routes]
     finally:
         now = running_apps(api.details())
@@ -150,21 +158,24 @@ def _request_times_ms(search: Search, served: Sequence[Endpoint]) -> Iterator[li
         search.config.seed,
     )[:, :-1]
     whole = 0
-    with httpx.Client(timeout=served[0].timeout_s, trust_env=False) as client:
+    with httpx.Client(timeout=_REQUEST_TIMEOUT_S, trust_env=False) as client:
         for turn, prompt in enumerate(prompts.tolist()):
-            places = range(len(served))[:: -1 if turn % 2 else 1]
-            asked = {each: _ask(client, served[each], prompt, workload) for each in places}
-            times_ms = [asked[place] for place in sorted(asked)]
-            if None in times_ms:
-                continue
-            whole += 1
-            if whole > _WARM_UPS:
-                yield [each for each in times_ms if each is not None]
-            if whole >= _WARM_UPS + _REQUESTS:
-                return
+            times_ms: dict[int, float] = {}
+            for place in range(len(served))[:: -1 if turn % 2 else 1]:
+                took_ms = _ask(client, served[place], prompt, workload)
+                if took_ms is None:
+                    break
+                times_ms[place] = took_ms
+            else:
+                whole += 1
+                if whole > _WARM_UPS:
+                    yield [times_ms[place] for place in sorted(times_ms)]
+                if whole >= _WARM_UPS + _REQUESTS:
+                    return
     if whole < _WARM_UPS + _LEAST_REQUESTS:
+        models = " or ".join(each.model for each in served)
         raise EngineError(
-            f"{len(prompts) - whole} of {len(prompts)} answers ended before "
+            f"{models} ended its answer to {len(prompts) - whole} of {len(prompts)} prompts before "
             f"workload.output_tokens={workload.output_tokens}. Lower it."
         )
 
@@ -181,7 +192,12 @@ def _ask(
     }
     headers = {"Authorization": f"Bearer {served.api_key}"}
     began = time.perf_counter()
-    answer = client.post(f"{served.base_url}/completions", json=body, headers=headers)
+    try:
+        answer = client.post(f"{served.base_url}/completions", json=body, headers=headers)
+    except httpx.HTTPError as error:
+        raise EngineError(
+            f"{served.model} did not answer a request of the workload: {error!r}"
+        ) from None
     took_ms = (time.perf_counter() - began) * 1e3
     if answer.status_code != httpx.codes.OK:
         raise EngineError(
@@ -190,6 +206,17 @@ def _ask(
         )
     is_whole = answer.json()["usage"]["completion_tokens"] >= workload.output_tokens
     return took_ms if is_whole else None
+
+
+def _some_node(num_cpus: float) -> dict[str, str]:
+    """Return the label of one node with so many CPUs, always the same one.
+
+    Raises ClusterError if there is none.
+    """
+    fitting = [node for node in cluster_inventory().nodes if node.cpus >= num_cpus]
+    if not fitting:
+        raise ClusterError(f"no node has cpus_per_trial={num_cpus:g} CPUs. Lower it.")
+    return {NODE_LABEL: fitting[0].id}
 
 
 def _names(search: Search) -> tuple[str, str, str]:

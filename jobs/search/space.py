@@ -134,11 +134,14 @@ class Space:
         steps: list[Step] = []
         for sparsity in sorted({choice.sparsity for choice in chosen.values()} - {0.0}):
             targets = self._targets([g for g, c in chosen.items() if c.sparsity == sparsity])
+            options: dict[str, object] = {"sparsity": sparsity}
             method = self.config.pruning if real else "magnitude"
-            steps.append(Step(method=method, targets=targets, options={"sparsity": sparsity}))
+            if method == "magnitude" and self.config.pruning == "wanda":
+                options["among"] = "row"  # As those compete that it stands in for.
+            steps.append(Step(method=method, targets=targets, options=options))
         if steps and real and self.config.repair_tokens:
-            options: dict[str, object] = {"num_tokens": self.config.repair_tokens}
-            steps.append(Step(method="distill", options=options))
+            repair = {"num_tokens": self.config.repair_tokens}
+            steps.append(Step(method="distill", options=repair))
         quantized = [group for group, choice in chosen.items() if choice.scheme != _DENSE]
         *preparing, quantizing = self.config.quantizer.split("+") if real else ["rtn"]
         if quantized:

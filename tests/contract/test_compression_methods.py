@@ -246,6 +246,11 @@ def test_pruning_options_when_they_contradict_say_what_to_give(options: dict[str
         load("wanda").Options.model_validate(options)
 
 
+def test_magnitude_when_a_pattern_is_given_refuses_who_competes() -> None:
+    with pytest.raises(ValueError, match=r"among=row .*pattern=2:4"):
+        load("magnitude").Options(pattern="2:4", among="row")
+
+
 @pytest.mark.parametrize(
     ("among", "expected"),
     [

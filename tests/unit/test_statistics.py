@@ -1,5 +1,6 @@
 """Statistics of an unchanged model: what a calibration pass sees, kept by digest and checked."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from cluster.errors import IntegrityError
+from cluster.errors import IntegrityError, RecipeError
 from cluster.storage import verify_directory
 from jobs.compression.calibration import CalibrationPass
 from jobs.compression.inputs import LayerInputs
@@ -135,14 +136,24 @@ def test_statistics_when_a_file_is_damaged_name_it_and_what_to_delete(tmp_path: 
             found.observe([HEAD])
 
 
-def test_statistics_when_another_process_was_faster_takes_its_files(tmp_path: Path) -> None:
-    def be_overtaken(done: int, total: int) -> None:
-        if done == 1:
-            dense_statistics(model(), TEXT, tmp_path).__exit__(None, None, None)
+def test_statistics_when_several_ask_at_once_are_computed_by_one(tmp_path: Path) -> None:
+    heard = [Computed() for _ in range(3)]
 
-    with dense_statistics(model(), TEXT, tmp_path, be_overtaken) as found:
-        assert_equal(found.observe([HEAD])[HEAD], by_pass()[0][HEAD])
-    assert [path.name for path in tmp_path.iterdir()] == [found.folder.name]
+    def ask(progress: Computed) -> LayerInputs:
+        with dense_statistics(model(), TEXT, tmp_path, progress) as found:
+            return found.observe([HEAD])[HEAD]
+
+    with ThreadPoolExecutor(len(heard)) as threads:
+        for found in threads.map(ask, heard):
+            assert_equal(found, by_pass()[0][HEAD])
+    assert sorted(len(each.heard) for each in heard) == [0, 0, 3]
+
+
+def test_statistics_when_a_process_was_killed_sweep_what_it_left(tmp_path: Path) -> None:
+    leftover = tmp_path / f".{statistics_digest(model(), TEXT)}.0123abcd.tmp"
+    leftover.mkdir()
+    with dense_statistics(model(), TEXT, tmp_path):
+        assert not leftover.exists()
 
 
 def test_statistics_when_computing_fails_leave_nothing(tmp_path: Path) -> None:
@@ -151,7 +162,7 @@ def test_statistics_when_computing_fails_leave_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="cut off"):
         dense_statistics(model(), TEXT, tmp_path, fail)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*.lock")) == list(tmp_path.iterdir())
 
 
 def compressed(steps: tuple[Step, ...], text: CalibrationText) -> dict[str, Tensor]:
@@ -175,11 +186,32 @@ def test_recipe_when_not_sequential_shows_every_block_what_the_unchanged_model_d
     alone = compressed(last, apart)[name]
     assert not torch.equal(compressed(every, apart)[name], alone)
     assert torch.equal(compressed(every, shared)[name], alone)
-    (kept,) = tmp_path.iterdir()
+    (kept,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert torch.equal(compressed(last, shared)[name], alone)
-    assert list(tmp_path.iterdir()) == [kept]
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [kept]
 
 
 def test_calibration_config_when_a_cache_would_not_be_used_says_what_to_set() -> None:
     with pytest.raises(ValidationError, match=r"cache=kept.*sequential: false"):
         CalibrationConfig(data="data", cache="kept")
+
+
+def test_recipe_when_two_steps_scale_and_not_sequential_is_refused() -> None:
+    steps = (
+        Step(method="smoothquant"),
+        Step(method="awq"),
+        Step(method="rtn", options={"scheme": "w8a8"}),
+    )
+    with pytest.raises(RecipeError, match=r"step 2 \(awq\).*step 1 \(smoothquant\).*sequential"):
+        compressed(steps, replace(CalibrationText.of(TEXT), is_sequential=False))
+
+
+def test_recipe_when_a_step_changes_the_whole_model_keeps_nothing_of_what_follows(
+    tmp_path: Path,
+) -> None:
+    steps = (
+        Step(method="depth", options={"num_blocks": 1}),
+        Step(method="gptq", options={"scheme": "w4a16", "group_size": 16}),
+    )
+    compressed(steps, replace(CalibrationText.of(TEXT), is_sequential=False, cache=tmp_path))
+    assert list(tmp_path.iterdir()) == []

@@ -4,9 +4,9 @@ Takes one dense weight; gives it with zeros. It saves neither bytes nor time by 
 kernels multiply zeros as well; it shows what a model can spare.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from jobs.compression.methods._protocol import LayerResult
@@ -20,6 +20,15 @@ class Options(SparsityOptions):
     among: Literal["layer", "row"] = Field(
         "layer", description="Weights that compete for the share that stays; not for a `pattern`."
     )
+
+    @model_validator(mode="after")
+    def _check_among_is_used(self) -> Self:
+        if self.pattern is not None and "among" in self.model_fields_set:
+            raise ValueError(
+                f"among={self.among} is for a share: weights of pattern={self.pattern} compete "
+                "within each group. Leave it out"
+            )
+        return self
 
 
 def layout(options: Options) -> Layout | None:

@@ -55,10 +55,8 @@ class _Pruning:
         score_OB = (weight_OB / diagonal_B).square_()
         score_OB[self._is_zero_OI[:, start : start + weight_OB.shape[1]]] = -1.0
         # A pattern or a share may keep more than there are; what was zero stays so all the same.
-        self._start, self._is_kept_OB = (
-            start,
-            kept_of_all(score_OB, self._options) & (score_OB >= 0),
-        )
+        self._is_kept_OB = kept_of_all(score_OB, self._options) & (score_OB >= 0)
+        self._start = start
 
     def settle(self, column: int, weight_O: Tensor) -> Tensor:
         return weight_O * self._is_kept_OB[:, column - self._start]
