@@ -42,6 +42,7 @@ def facts(tmp_path: Path) -> DemoFacts:
         "latency_ms": 1.0,
         "served_ms": 6.0,
         "predicted_served_ms": 5.5,
+        "base_served_ms": 9.0,
         "seconds": 3.0,
         "on_front": True,
         "error": None,
