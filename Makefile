@@ -67,7 +67,7 @@ bench-serving: setup bench-peers
 	$(BIN)/python -m benchmarks.serving --json benchmarks/results/$(TODAY)-serving.json \
 		--plots benchmarks/results
 
-# Every claim about compression; it trains three models first, each over an hour.
+# Every claim about compression; it trains three models first, which takes an hour.
 bench-compression: setup
 	$(BIN)/python -m benchmarks.compression --json benchmarks/results/$(TODAY)-compression.json
 
