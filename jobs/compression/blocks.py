@@ -6,6 +6,7 @@ who computes what becomes of a layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -27,7 +28,7 @@ from jobs.compression.shared_inputs import (
     group_of,
     shared_inputs,
 )
-from jobs.compression.statistics import DenseStatistics, dense_statistics
+from jobs.compression.statistics import dense_statistics
 from jobs.compression.steps import Action
 from jobs.compression.text import CalibrationText
 from jobs.kernels.formats import QuantizedWeight
@@ -76,7 +77,7 @@ def go_through(
 
 def _inputs(
     model: Decoder, text: CalibrationText, progress: Progress, scratch: Scratch | None
-) -> CalibrationPass | DenseStatistics:
+) -> AbstractContextManager[InputSource]:
     """Return what the text feeds layers: as the model changes, or as it is now."""
     if text.is_sequential:
         return CalibrationPass(model, text.tokens_NT, scratch)

@@ -11,11 +11,9 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,32 +43,16 @@ Progress = Callable[[int, int], None]
 
 
 class DenseStatistics:
-    """Moments of inputs and effects of outputs; a context manager, as files may be its own.
+    """Moments of inputs and effects of outputs, in a folder.
 
     A file's digest is checked before it is read for the first time.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        recorded: Mapping[str, Mapping[str, str]],
-        device: torch.device,
-        stack: ExitStack,
-    ) -> None:
+    def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder = folder
-        self._recorded, self._device, self._stack = recorded, device, stack
+        self._device = device
+        self._recorded: Mapping[str, Mapping[str, str]] = read_manifest(folder)["files"]
         self._checked: set[str] = set()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
     def observe(self, layers: Sequence[str]) -> dict[str, LayerInputs]:
         """Return what the text feeds these layers, of whatever block, or the head.
@@ -121,14 +103,15 @@ class DenseStatistics:
         return f"{path} is damaged: {why}. Delete {self.folder} to compute it again."
 
 
+@contextmanager
 def dense_statistics(
     model: Decoder,
     tokens_NT: Tensor,
     cache: Path | None = None,
     progress: Progress = lambda done, total: None,
     scratch: Scratch | None = None,
-) -> DenseStatistics:
-    """Return what the text feeds the layers of a model as it is now.
+) -> Iterator[DenseStatistics]:
+    """Give what the text feeds the layers of a model as it is now.
 
     They are read from `cache` if they lie there, else computed, all blocks after one another, and
     written there; `progress` hears of blocks done, of how many. Without `cache` they lie in a
@@ -148,9 +131,7 @@ def dense_statistics(
                 for leftover in cache.glob(f".{folder.name}.*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 _write(model, tokens_NT, folder, progress, scratch)
-        recorded = read_manifest(folder)["files"]
-        return DenseStatistics(folder, recorded, device, stack.pop_all())
-    raise AssertionError("an exit stack swallowed an exception")
+        yield DenseStatistics(folder, device)
 
 
 def statistics_digest(model: Decoder, tokens_NT: Tensor) -> str:

@@ -160,8 +160,11 @@ def test_statistics_when_computing_fails_leave_nothing(tmp_path: Path) -> None:
     def fail(done: int, total: int) -> None:
         raise RuntimeError("cut off")
 
-    with pytest.raises(RuntimeError, match="cut off"):
-        dense_statistics(model(), TEXT, tmp_path, fail)
+    with (
+        pytest.raises(RuntimeError, match="cut off"),
+        dense_statistics(model(), TEXT, tmp_path, fail),
+    ):
+        pytest.fail("there are no statistics")
     assert list(tmp_path.glob("*.lock")) == list(tmp_path.iterdir())
 
 

@@ -63,9 +63,7 @@ def kept_of_all(score_OI: Tensor, options: SparsityOptions) -> Tensor:
     """
     if options.kept_of is not None:
         return kept_by_pattern(score_OI, *options.kept_of)
-    assert options.sparsity is not None, "checked by the options"
-    num_zeros = int(options.sparsity * score_OI.numel())
-    return _all_but_lowest(score_OI.flatten(), num_zeros).view_as(score_OI)
+    return kept_by_rows(score_OI.flatten()[None], options).view_as(score_OI)
 
 
 def kept_by_pattern(score_OI: Tensor, kept: int, of: int) -> Tensor:
