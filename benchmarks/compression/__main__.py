@@ -16,6 +16,7 @@ from rich.table import Table
 from benchmarks._report import document_of, run_sections, say_on_stderr
 from benchmarks.compression import gate, plots, quality
 from benchmarks.compression.sections import SECTIONS, Bench
+from benchmarks.compression.subject import STEPS
 from cluster.errors import ConfigError
 
 _CLAIM = "Compression: quality with intervals, size and speed"
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return error.exit_code
     bench = Bench(
         arguments.seeds,
+        arguments.steps,
         arguments.sequences,
         arguments.calibration,
         arguments.rounds,
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="report's file")
     parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), help="sections to run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="models by seed")
+    parser.add_argument("--steps", type=int, default=STEPS, help="that the models are trained")
     parser.add_argument("--rounds", type=int, default=5, help="turns of what is timed")
     parser.add_argument(
         "--calibration", type=int, default=128, help="sequences of 256 tokens that methods see"

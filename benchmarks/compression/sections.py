@@ -30,6 +30,7 @@ class Bench:
     """What a section may use; models are trained, or found, when a section first needs them."""
 
     seeds: Sequence[int]
+    steps: int
     num_sequences: int | None
     num_calibration: int
     rounds: int
@@ -41,7 +42,7 @@ class Bench:
     def subjects(self) -> list[Subject]:
         """The models."""
         if not self._subjects:
-            self._subjects = subjects(self.seeds)
+            self._subjects = subjects(self.seeds, self.steps)
         return self._subjects
 
     @property

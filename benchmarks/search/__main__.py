@@ -108,6 +108,10 @@ def time_served(asked: Asked) -> dict[str, Any]:
             "model": row["summary"],
             "served_ms": row["served_ms"],
             "predicted_ms": row["predicted_served_ms"],
+            "base_served_ms": row["base_served_ms"],
+            "in_process_ms": row["latency_ms"],
+            "predicted_in_process_ms": row["predicted_latency_ms"],
+            "latency_ratio": row["latency_ratio"],
             "error": row["predicted_served_ms"] / row["served_ms"] - 1,
         }
         for row in document["trials"]

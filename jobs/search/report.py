@@ -25,6 +25,7 @@ from jobs.search.course import Finish
 from jobs.search.forecast import emptying, excesses, explain, limits_of
 from jobs.search.plan import Search
 from jobs.search.rungs import measure
+from jobs.search.serving_share import Served, expected_ms
 from jobs.search.space import UNCHANGED, Assignment
 from jobs.search.tasks import Result, Results, Task
 
@@ -48,7 +49,7 @@ class TrialRow(StrictModel):
     latency_ratio: float | None = None
     predicted_latency_ms: float | None = None
     served_ms: float | None = None
-    """The same request through Ray Serve; beside it what the kernels' table says of it."""
+    """The same request through Ray Serve; beside it what was to be expected: see serving_share."""
     predicted_served_ms: float | None = None
     base_served_ms: float | None = None
     """The unchanged model's, asked in turn with it."""
@@ -183,19 +184,23 @@ def _ratio(found: Result) -> float | None:
 
 
 def _served(end: Finish, assignment: Assignment, results: Results) -> dict[str, float | None]:
-    """Return a model's time through Ray Serve, and what was to be expected.
-
-    What Serve adds to the kernels is taken from the unchanged model, served beside it.
-    """
-    found = results.get(Task(stage="serve", assignment=assignment))
-    if found is None or found.request_ms is None or found.base_request_ms is None:
+    """Return a model's time through Ray Serve, and what was to be expected by all others' times."""
+    found = {
+        task.assignment: Served(
+            end.forecast.latency_ms(task.assignment), result.request_ms, result.base_request_ms
+        )
+        for task, result in results.items()
+        if task.stage == "serve" and result.request_ms and result.base_request_ms
+    }
+    mine = found.pop(assignment, None)
+    if mine is None:
         return {}
-    added_ms = found.base_request_ms - end.forecast.base_ms
-    expected_ms = end.forecast.latency_ms(assignment) + added_ms
     return {
-        "served_ms": found.request_ms,
-        "predicted_served_ms": expected_ms,
-        "base_served_ms": found.base_request_ms,
+        "served_ms": mine.served_ms,
+        "predicted_served_ms": expected_ms(
+            mine.table_ms, end.forecast.base_ms, mine.base_served_ms, [*found.values()]
+        ),
+        "base_served_ms": mine.base_served_ms,
     }
 
 

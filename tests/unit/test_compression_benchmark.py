@@ -16,6 +16,7 @@ from benchmarks.compression.plots import draw
 from benchmarks.compression.remembered import RememberedLosses
 from benchmarks.compression.resident import main as resident_main
 from benchmarks.compression.sections import Bench
+from benchmarks.compression.subject import STEPS
 from benchmarks.compression.trial import Trial
 from cluster.storage import write_manifest
 from jobs.compression.packing import load_model, save_compressed
@@ -301,7 +302,7 @@ def test_speed_when_two_formats_have_four_bits_w4_is_the_faster(tmp_path: Path) 
 
 
 def test_facts_when_models_are_on_trial_count_held_out_tokens(trials: list[Trial]) -> None:
-    bench = Bench([0, 1], None, 16, 1, print, _trials=trials)
+    bench = Bench([0, 1], STEPS, None, 16, 1, print, _trials=trials)
     facts, claims = bench.facts()
     assert facts["held_out_tokens"] == trials[0].sequences[:, 1:].size
     assert facts["calibration_tokens"] == 16 * 32
@@ -311,4 +312,4 @@ def test_facts_when_models_are_on_trial_count_held_out_tokens(trials: list[Trial
         "at_least": 200_000,
         "is_met": False,
     }
-    assert Bench([0], None, 16, 1, print).facts() == ({}, [])
+    assert Bench([0], STEPS, None, 16, 1, print).facts() == ({}, [])

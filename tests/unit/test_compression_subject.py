@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compression.subject import Subject, train, training
+from benchmarks.compression.subject import STEPS, Subject, train, training
 from cluster.errors import ConfigError
 from cluster.storage import digest_file, read_manifest, staged_directory, write_manifest
 from jobs.config import TrainConfig
@@ -71,3 +71,8 @@ def test_document_when_asked_says_what_decided_the_weights(tmp_path: Path) -> No
     assert found["model_sha256"] == digest_file(folder / "model" / "model.safetensors")
     other = Subject(0, folder / "model", data, CONFIG.replace(max_steps=1200)).document()
     assert found["config_sha256"] != other["config_sha256"]
+
+
+def test_training_when_it_is_longer_has_a_folder_of_its_own() -> None:
+    names = [training(0, SHAPE, steps).name for steps in (STEPS, 2 * STEPS)]
+    assert names == ["seed-0", f"seed-0-{2 * STEPS}-steps"]
