@@ -25,12 +25,10 @@ class Contender:
 
     Else its weights are, in the dense model, as its files would hold them: what is not quantized
     rounded to bfloat16. That is the whole effect of formats that leave activations alone.
-    `is_simulated`: no directory holds such a model.
     """
 
     recipe: Recipe
     is_served: bool = False
-    is_simulated: bool = False
 
     def document(self) -> dict[str, Any]:
         """Return what decides its losses."""
@@ -65,7 +63,7 @@ def _pruned(name: str) -> dict[str, Contender]:
 
 CONTENDERS: dict[str, Contender] = {
     DENSE: Contender(Recipe()),
-    "int8_weight": Contender(W8A8, is_simulated=True),
+    "int8_weight": Contender(recipe_of(("rtn", {"scheme": "w8a16", "group_size": None}))),
     "w8a8": Contender(W8A8, is_served=True),
     "w8a8_smoothquant": Contender(
         recipe_of(("smoothquant", {}), ("rtn", {"scheme": "w8a8"})), is_served=True

@@ -35,6 +35,7 @@ def _rounded(*parts: tuple[tuple[str, ...], dict[str, Any]]) -> Recipe:
 
 FORMATS: dict[str, Recipe] = {
     "w8a8": _rounded((_ALL, {"scheme": "w8a8"})),
+    "w8a16-g128": _rounded((_ALL, {"scheme": "w8a16", "group_size": 128})),
     "w4a16-g128": _rounded((_ALL, {"scheme": "w4a16", "group_size": 128})),
     "w4a16-g64": _rounded((_ALL, {"scheme": "w4a16", "group_size": 64})),
     "w4a8-g128": _rounded((_ALL, {"scheme": "w4a8", "group_size": 128})),

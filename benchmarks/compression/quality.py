@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.compression.contenders import BITS, CONTENDERS, DENSE, PATTERNS
+from benchmarks.compression.contenders import BITS, DENSE, PATTERNS
 from benchmarks.compression.estimates import (
     Claim,
     Estimate,
@@ -47,10 +47,6 @@ def eight_bits(trials: Sequence[Trial]) -> Found:
     section = {name: _increase(each) for name, each in found.items()}
     versus = _versus(trials, "w8a8_smoothquant", "w8a8")
     section["w8a8_smoothquant"]["versus_w8a8"] = _not_worse_document(versus)
-    section["int8_weight"] |= {
-        "simulated": True,
-        "note": "W8A8's weights with float32 activations: a format that no directory holds",
-    }
     claims = [at_most(f"{name}.upper", found[name].upper, limit) for name, limit in _LIMITS.items()]
     return section, [*claims, _not_worse("w8a8_smoothquant.versus_w8a8", versus)]
 
@@ -121,7 +117,6 @@ def contenders(trials: Sequence[Trial]) -> Section:
         size_bytes = trials[0].size_bytes(name)
         if size_bytes is not None and base_bytes is not None:
             found[name] |= {"weight_bytes": size_bytes, "size_ratio": size_bytes / base_bytes}
-            found[name]["simulated"] = CONTENDERS[name].is_simulated
     return found
 
 

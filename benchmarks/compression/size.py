@@ -21,10 +21,10 @@ from jobs.compression.layers import linear_shapes
 from jobs.compression.recipe import layouts
 from jobs.config import DecoderConfig, Recipe
 from jobs.evaluation.compare import weight_file_bytes
-from jobs.kernels.formats import Scheme
+from jobs.kernels.formats import PACKED_BITS, Scheme
 from jobs.plan import count_parameters
 
-_BITS: dict[Scheme, int] = {"bf16": 16, "w8a8": 8, "fp8": 8, "w4a16": 4, "w4a8": 4, "w3a16": 3}
+_BITS: dict[Scheme, int] = {"bf16": 16, "w8a8": 8, "fp8": 8, **PACKED_BITS}
 _DISK_LIMIT, _MEMORY_LIMIT = 1.05, 1.15
 Resident = Callable[[Path], Mapping[str, Any]]
 

@@ -1,6 +1,6 @@
 """A published decoder as a GGUF file for llama.cpp, its integers taken over as they are.
 
-Takes a model directory, dense or compressed; gives one file with tokenizer. W8A8 becomes Q8_0 and
+Takes a model directory, dense or compressed; gives one file with tokenizer. Int8 becomes Q8_0 and
 int4 by group Q4_0: the same integers at the same scales, so the same weights to the last bit (what
 llama.cpp does to activations is its own choice). It does not know how the integers were chosen.
 
@@ -284,7 +284,7 @@ def _quantized(layer: str, weight: QuantizedWeight) -> _Stored:
             f"{float(scale_OK.min()):.2g}), so GGUF cannot hold its weights."
         )
     values_OKS = weight.values_OI.unflatten(1, (-1, _BLOCK))
-    if weight.scheme == "w8a8":
+    if weight.scheme in ("w8a8", "w8a16"):
         body, kind = values_OKS.view(torch.uint8), gguf.GGMLQuantizationType.Q8_0
     else:
         # The first half of a block lies in the low nibbles, the second in the high ones.

@@ -17,6 +17,7 @@ KEY = "quantization_config"
 _FORMATS: dict[Scheme, str] = {
     "w8a8": "int-quantized",
     "fp8": "float-quantized",
+    "w8a16": "pack-quantized",
     "w4a16": "pack-quantized",
     "w4a8": "pack-quantized",
     "w3a16": "pack-quantized",
@@ -24,11 +25,12 @@ _FORMATS: dict[Scheme, str] = {
 _PRESETS = {
     "W8A8": Layout("w8a8"),
     "FP8_DYNAMIC": Layout("fp8"),
+    "W8A16": Layout("w8a16"),
     "W4A16": Layout("w4a16", 128),
     "W4A8": Layout("w4a8", 128),
 }
 _CLASS = "Linear"
-_FLOAT_INPUTS: dict[int, Scheme] = {4: "w4a16", 3: "w3a16"}  # by bits of a weight
+_FLOAT_INPUTS: dict[int, Scheme] = {8: "w8a16", 4: "w4a16", 3: "w3a16"}  # by bits of a weight
 _CACHE = "kv_cache_scheme"
 _OBSERVERS = ("observer", "observer_kwargs")  # They tell how scales were found; ours are dynamic.
 _8_BIT_PER_TOKEN = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
@@ -208,7 +210,8 @@ def _layout(key: str, group: Any) -> Layout:
         f"{KEY}.{key}: {_kind(weights)} weights by {strategy} with {kind} activations are not "
         "supported. There are: 8-bit by channel with dynamic 8-bit activations per token, both int "
         "(W8A8) or both float (FP8), 4-bit int by group or channel with unquantized "
-        "activations (W4A16) or 8-bit int ones (W4A8), and 3-bit int with unquantized ones (W3A16)."
+        "activations (W4A16) or 8-bit int ones (W4A8), and 8-bit or 3-bit int with unquantized "
+        "ones (W8A16, W3A16)."
     )
 
 

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from cluster.config import StrictModel
 
-Scheme = Literal["bf16", "w8a8", "fp8", "w4a16", "w4a8", "w3a16"]
+Scheme = Literal["bf16", "w8a8", "fp8", "w8a16", "w4a16", "w4a8", "w3a16"]
 KvCache = Literal["auto", "int8"]
 
 

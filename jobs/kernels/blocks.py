@@ -49,6 +49,16 @@ def interleave(weight_OI: Tensor, inputs: int) -> Tensor:
     return by_block_KEGI.transpose(1, 2).flatten(1)
 
 
+def by_group(bytes_KI: Tensor, scale_OG: Tensor) -> Packed:
+    """Return interleaved weights, each group's behind its scales; see csrc/linear_groups.h."""
+    lanes = native.weight_layout().block // 2
+    scale_OG = pad_outputs(scale_OG.to(torch.bfloat16))
+    scale_KGE2 = scale_OG.unflatten(0, (-1, 2, lanes)).permute(0, 3, 2, 1).contiguous()
+    scale_KGB = scale_KGE2.flatten(2).view(torch.uint8)
+    packed_KGB = torch.cat([scale_KGB, bytes_KI.unflatten(1, (scale_OG.shape[1], -1))], dim=2)
+    return (resident(packed_KGB.flatten(1)),)
+
+
 def join(parts: list[Packed], outputs: list[int]) -> Packed | None:
     """Return packed weights of several layers as those of one; None if a block would be shared."""
     if any(count % native.weight_layout().block for count in outputs[:-1]):

@@ -21,7 +21,7 @@ from jobs.kernels.linear import DenseLinear, QuantizedLinear
 from jobs.kernels.rows import QuantizedRows, padded_inputs
 
 Linear = DenseLinear | QuantizedLinear
-_SCHEMES: dict[Scheme, int] = {"bf16": 0, "w8a8": 1, "w4a16": 2, "w4a8": 3}
+_SCHEMES: dict[Scheme, int] = {"bf16": 0, "w8a8": 1, "w4a16": 2, "w4a8": 3, "w8a16": 4}
 _MAX_JOINED = 3
 _SUM_BLOCK = 32
 _decoder_pass = native.function("rs_decoder_pass", "ppppppnpi")

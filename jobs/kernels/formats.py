@@ -1,4 +1,4 @@
-"""Formats a linear layer's weight may take (dense, W8A8, FP8, W4A16, W4A8, W3A16), and arithmetic.
+"""Formats of a linear layer's weight (dense, W8A8, FP8, W8A16, W4A16, W4A8, W3A16), and arithmetic.
 
 Takes dense weights and scales; gives quantized weights, their sizes, and the plain reference of
 what a layer of each format computes. It does not know how weights are chosen, stored on disk or
@@ -17,8 +17,8 @@ from torch.nn import functional
 from jobs.config import Scheme as Scheme  # the name that layers and loaders import
 
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-# Weights of few bits with a scale per group of inputs: bits of a weight on disk.
-PACKED_BITS: dict[Scheme, int] = {"w4a16": 4, "w4a8": 4, "w3a16": 3}
+# Weights with a scale per group of inputs, or per output: bits of a weight on disk.
+PACKED_BITS: dict[Scheme, int] = {"w8a16": 8, "w4a16": 4, "w4a8": 4, "w3a16": 3}
 GROUPED: tuple[Scheme, ...] = tuple(PACKED_BITS)
 # One byte a weight, and a scale per output: the type on disk and in memory.
 CHANNELED: dict[Scheme, torch.dtype] = {"w8a8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -64,9 +64,9 @@ class Layout:
 class QuantizedWeight:
     """Symmetric weights of few bits with their scales: `values_OI * scale_OG` is the weight.
 
-    `values_OI` is float8_e4m3fn for fp8, else int8: in [-128, 127] for w8a8, [-8, 7] for int4 and
-    [-4, 3] for int3 (one value a byte here). `scale_OG` is float32 holding bfloat16 values, G = 1
-    for fp8 and w8a8.
+    `values_OI` is float8_e4m3fn for fp8, else int8: in [-128, 127] for w8a8 and w8a16,
+    [-8, 7] for int4 and [-4, 3] for int3 (one value a byte here). `scale_OG` is float32 holding
+    bfloat16 values, G = 1 for fp8 and w8a8.
     """
 
     scheme: Scheme

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from jobs.kernels.formats import QuantizedWeight, quantize_rows_fp8, reference_linear
+from jobs.kernels import reference
+from jobs.kernels.formats import quantize_rows_fp8
 from jobs.kernels.operator import (
     Operator,
     Packed,
     Problem,
     Weight,
     add_bias,
-    never_refuses,
     quantized,
 )
 
@@ -57,16 +57,7 @@ def _run_scaled_mm(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem:
     return add_bias(y_NO[:rows].to(x_NI.dtype), bias_O)
 
 
-def _pack_reference(weight: Weight, problem: Problem) -> Packed:
-    return quantized(weight).values_OI, quantized(weight).scale_OG
-
-
-def _run_reference(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
-    weight = QuantizedWeight("fp8", packed[0], packed[1], None)
-    return add_bias(reference_linear(x_NI, weight), bias_O)
-
-
 OPERATORS = (
     Operator("scaled_mm", "fp8", _refuses_scaled_mm, _pack_scaled_mm, _run_scaled_mm),
-    Operator("reference", "fp8", never_refuses, _pack_reference, _run_reference),
+    reference.operator("fp8"),
 )

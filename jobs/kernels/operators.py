@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cluster.errors import EngineError
-from jobs.kernels import choices, dense, fp8, w4a8, w4a16, w8a8
+from jobs.kernels import choices, dense, fp8, reference, w4a8, w4a16, w8a8, w8a16
 from jobs.kernels.choices import Choice
 from jobs.kernels.formats import (
     DEFAULT_GROUP_SIZE,
@@ -39,11 +39,11 @@ _TIMED_ROWS = (1, 32)
 _ROUNDS = 20
 _TIMING_S = 0.5  # after that no further round is begun
 _CLEARLY = 1.25
-_PLAIN = "reference"
 _OPERATORS: tuple[Operator, ...] = (
     *dense.OPERATORS,
     *w8a8.OPERATORS,
     *fp8.OPERATORS,
+    *w8a16.OPERATORS,
     *w4a16.OPERATORS,
     *w4a8.OPERATORS,
 )
@@ -109,7 +109,7 @@ def _measure(problem: Problem) -> Choice:
     has_exact_rows = False
     for operator in _OPERATORS:
         # The plain arithmetic comes last, and is for where nothing else is right.
-        if operator.scheme != problem.layout.scheme or (right and operator.name == _PLAIN):
+        if operator.scheme != problem.layout.scheme or (right and operator.name == reference.NAME):
             continue
         reason = operator.refuses(problem)
         if reason is None and has_exact_rows and not operator.has_exact_rows:

@@ -6,37 +6,29 @@ Takes rows of activations and a packed weight; gives rows of outputs.
 import torch
 from torch import Tensor
 
-from jobs.kernels import blocks, memory, native
-from jobs.kernels.formats import QuantizedWeight, pack_values, reference_linear, unpack_values
+from jobs.kernels import blocks, reference
 from jobs.kernels.operator import (
     Operator,
     Packed,
     Problem,
     Weight,
     add_bias,
-    never_refuses,
     quantized,
 )
 
 _GROUP_SIZES = (32, 64, 128, 256)
 _CUDA_TILES = 8
-_BLOCK = 256
 _STEP = 8  # inputs that the C++ kernel reads at a time
 _in_place = blocks.in_place("rs_linear_w4a16", "ppppnnnnnnii", takes_int8=False)
 
 
 def pack_blocks(weight: Weight, problem: Problem) -> Packed:
-    """Return int4 weights as csrc/linear_int4.h describes them, scales among them."""
+    """Return int4 weights as csrc/linear_groups.h describes them, scales among them."""
     weight = quantized(weight)
-    groups, lanes = weight.scale_OG.shape[1], native.weight_layout().block // 2
     nibbles_OI = (blocks.pad_outputs(weight.values_OI) + 8).view(torch.uint8)
     low, high = nibbles_OI.unflatten(1, (-1, 2, 4)).unbind(2)
     bytes_KI = blocks.interleave((low | high << 4).flatten(1), 4)
-    scale_OG = blocks.pad_outputs(weight.scale_OG.to(torch.bfloat16))
-    scale_KGE2 = scale_OG.unflatten(0, (-1, 2, lanes)).permute(0, 3, 2, 1).contiguous()
-    scale_KGB = scale_KGE2.flatten(2).view(torch.uint8)
-    packed_KGB = torch.cat([scale_KGB, bytes_KI.unflatten(1, (groups, -1))], dim=2)
-    return (memory.resident(packed_KGB.flatten(1)),)
+    return blocks.by_group(bytes_KI, weight.scale_OG)
 
 
 def _refuses_cpp(problem: Problem) -> str | None:
@@ -79,25 +71,8 @@ def _run_int4pack(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: 
     return add_bias(y_NO.to(x_NI.dtype), bias_O)
 
 
-def pack_reference(weight: Weight, problem: Problem) -> Packed:
-    """Return int4 weights as they are on disk, and their scales."""
-    return pack_values(quantized(weight).values_OI), quantized(weight).scale_OG
-
-
-def run_reference(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
-    """Return y_NO of either int4 format, unpacking a block of outputs at a time."""
-    parts = []
-    for packed_OW, scale_OG in zip(packed[0].split(_BLOCK), packed[1].split(_BLOCK), strict=True):
-        values_OI = unpack_values(packed_OW, problem.in_features)
-        block = QuantizedWeight(
-            problem.layout.scheme, values_OI, scale_OG, problem.layout.group_size
-        )
-        parts.append(reference_linear(x_NI, block))
-    return add_bias(torch.cat(parts, dim=-1), bias_O)
-
-
 OPERATORS = (
     blocks.operator("w4a16", _refuses_cpp, pack_blocks, _in_place),
     Operator("int4pack", "w4a16", _refuses_int4pack, _pack_int4pack, _run_int4pack),
-    Operator("reference", "w4a16", never_refuses, pack_reference, run_reference),
+    reference.operator("w4a16"),
 )

@@ -4,9 +4,9 @@ Takes rows of activations and a packed weight; gives rows of outputs. Activation
 formats.quantize_rows does.
 """
 
-from jobs.kernels import blocks
-from jobs.kernels.operator import Operator, Problem, never_refuses
-from jobs.kernels.w4a16 import pack_blocks, pack_reference, run_reference
+from jobs.kernels import blocks, reference
+from jobs.kernels.operator import Problem
+from jobs.kernels.w4a16 import pack_blocks
 
 _SUM_BLOCK = 32  # inputs that share a sum in QuantizedRows
 _in_place = blocks.in_place("rs_linear_w4a8", "ppppppnnnnnii", takes_int8=True)
@@ -18,5 +18,5 @@ def _refuses_cpp(problem: Problem) -> str | None:
 
 OPERATORS = (
     blocks.operator("w4a8", _refuses_cpp, pack_blocks, _in_place),
-    Operator("reference", "w4a8", never_refuses, pack_reference, run_reference),
+    reference.operator("w4a8"),
 )

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from jobs.kernels import blocks, build, memory, native
-from jobs.kernels.formats import QuantizedWeight, quantize_rows, reference_linear
+from jobs.kernels import blocks, build, memory, native, reference
+from jobs.kernels.formats import quantize_rows
 from jobs.kernels.operator import (
     Operator,
     Packed,
     Problem,
     Weight,
     add_bias,
-    never_refuses,
     quantized,
 )
 from jobs.kernels.rows import padded_inputs
@@ -131,19 +130,9 @@ def _run_int_mm(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Pr
     return add_bias((y_NO * scale_N1 * packed[1]).to(x_NI.dtype), bias_O)
 
 
-def _pack_reference(weight: Weight, problem: Problem) -> Packed:
-    return quantized(weight).values_OI, quantized(weight).scale_OG
-
-
-def _run_reference(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
-    return add_bias(
-        reference_linear(x_NI, QuantizedWeight("w8a8", packed[0], packed[1], None)), bias_O
-    )
-
-
 OPERATORS = (
     blocks.operator("w8a8", _refuses_cpp, _pack_cpp, _in_place),
     Operator("zentorch", "w8a8", _refuses_zentorch, _pack_zentorch, _run_zentorch),
     Operator("int_mm", "w8a8", _refuses_int_mm, _pack_int_mm, _run_int_mm, has_exact_rows=True),
-    Operator("reference", "w8a8", never_refuses, _pack_reference, _run_reference),
+    reference.operator("w8a8"),
 )

@@ -87,16 +87,6 @@ def test_eight_bits_when_measured_reports_increases_with_bounds(trials: list[Tri
     assert {"int8_weight.upper", "w8a8.upper", "w8a8_smoothquant.upper"} < {c.name for c in claims}
 
 
-def test_eight_bits_when_activations_stay_floats_says_that_the_format_is_simulated(
-    trials: list[Trial],
-) -> None:
-    section, _ = quality.eight_bits(trials[:1])
-    assert section["int8_weight"]["simulated"] is True
-    assert "simulated" not in section["w8a8"]
-    found = quality.contenders(trials[:1])
-    assert [name for name, each in found.items() if each["simulated"]] == ["int8_weight"]
-
-
 @pytest.mark.parametrize(
     ("gap", "noise", "is_met"),
     [(0.0, 0.0, True), (-0.001, 0.001, True), (0.0, 0.05, False), (0.002, 0.0, False)],

@@ -21,12 +21,14 @@ NUM_BLOCKS = 40
 BLOCK_SIZE = 16
 INT8 = Step(method="rtn", options={"scheme": "w8a8"})
 INT4 = Step(method="rtn", options={"scheme": "w4a16", "group_size": 32})
+INT8_WEIGHTS = Step(method="rtn", options={"scheme": "w8a16", "group_size": 32})
 INT4_INT8 = Step(method="rtn", options={"scheme": "w4a8", "group_size": 32})
 RECIPES = {
     "dense": Recipe(),
     "int8": Recipe(steps=(INT8,)),
     "int4": Recipe(steps=(INT4,)),
     "int4-int8": Recipe(steps=(INT4_INT8,)),
+    "int8 weights": Recipe(steps=(INT8_WEIGHTS,)),
     "mixed": Recipe(steps=(INT8, INT4.replace(targets=("*layers.1*", "*.k_proj")))),
 }
 SHAPES: dict[str, dict[str, Any]] = {

@@ -74,6 +74,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     ("steps", "kind"),
     [
         ((quantize("w8a8"),), "Q8_0"),
+        ((quantize("w8a16"),), "Q8_0"),
         ((quantize("w4a16"),), "Q4_0"),
         ((quantize("w4a8"),), "Q4_0"),
         ((quantize("w3a16"),), "Q4_0"),

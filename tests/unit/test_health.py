@@ -40,7 +40,7 @@ def _spoilt(layer: str, value: float, *, whole: bool) -> Decoder:
     return model
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "w8a8", "w4a16", "w3a16", "fp8"])
+@pytest.mark.parametrize("scheme", ["bf16", "w8a8", "w8a16", "w4a16", "w3a16", "fp8"])
 def test_weight_faults_when_a_layer_is_zero_names_it_in_every_format(
     scheme: str, tmp_path: Path
 ) -> None:

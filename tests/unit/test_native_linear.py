@@ -40,6 +40,9 @@ LAYOUTS = [
     Layout("w4a16", 8),
     Layout("w4a16", 32),
     Layout("w4a16", 128),
+    Layout("w8a16", 4),
+    Layout("w8a16", 32),
+    Layout("w8a16", 128),
 ]
 NAMES = [f"{layout.scheme}-{layout.group_size}" for layout in LAYOUTS]
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=NAMES)

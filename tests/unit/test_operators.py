@@ -26,7 +26,7 @@ from jobs.kernels.operators import available, choose, find
 
 CASES = [
     (scheme, operator)
-    for scheme in ("w8a8", "fp8", "w4a16", "w4a8")
+    for scheme in ("w8a8", "fp8", "w8a16", "w4a16", "w4a8")
     for operator in available(scheme, "cpu")
 ]
 SHAPES = [(256, 256), (768, 256), (128, 384), (272, 128)]
@@ -109,7 +109,7 @@ def test_operator_when_threads_change_after_packing_stays_right(scheme: str, ope
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "w4a16", "w4a8"])
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "w8a16", "w4a16", "w4a8"])
 @pytest.mark.parametrize("shape", [(256, 256), (128, 4864), (1000, 256)])
 def test_choice_when_made_is_right_for_its_shape(scheme: str, shape: tuple[int, int]) -> None:
     choice = choose(scheme, *shape, torch.float32)  # type: ignore[arg-type]  # parametrized text
@@ -158,7 +158,7 @@ def test_find_when_operator_refuses_says_why() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "w4a16"])
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "w8a16", "w4a16"])
 @pytest.mark.parametrize("shape", [(1024, 512), (512, 1024)])
 def test_operators_when_on_cuda_equal_the_reference(scheme: str, shape: tuple[int, int]) -> None:
     weight = make_weight(*shape, layout_of(scheme))
@@ -171,7 +171,7 @@ def test_operators_when_on_cuda_equal_the_reference(scheme: str, shape: tuple[in
 
 
 @pytest.mark.skipif(not native.is_available(), reason=f"no kernels: {native.why_unavailable()}")
-@pytest.mark.parametrize("scheme", ["bf16", "w8a8", "w4a16", "w4a8"])
+@pytest.mark.parametrize("scheme", ["bf16", "w8a8", "w8a16", "w4a16", "w4a8"])
 @pytest.mark.parametrize("out_features", [64, 1024])
 def test_choose_when_an_operator_keeps_the_bits_of_rows_takes_such_a_one(
     scheme: str, out_features: int

@@ -24,10 +24,11 @@ INT8 = Step(method="rtn", options={"scheme": "w8a8"})
 FP8 = Step(method="rtn", options={"scheme": "fp8"})
 INT4 = Step(method="rtn", options={"scheme": "w4a16", "group_size": 32})
 INT3 = Step(method="rtn", options={"scheme": "w3a16", "group_size": 32})
+INT8_WEIGHTS = Step(method="rtn", options={"scheme": "w8a16", "group_size": 32})
 INT4_INT8 = Step(method="rtn", options={"scheme": "w4a8", "group_size": 32})
 CHANNELS = tuple(
     step.replace(options={"scheme": step.options["scheme"], "group_size": None})
-    for step in (INT4, INT3, INT4_INT8)
+    for step in (INT4, INT3, INT4_INT8, INT8_WEIGHTS)
 )
 MIXED = (INT4, INT8.replace(targets=("*.mlp.down_proj",)))
 RECIPES = {
@@ -41,7 +42,9 @@ RECIPES = {
     "head": Recipe(steps=(INT4_INT8, INT8.replace(targets=("lm_head",)))),
     "int4 by channel": Recipe(steps=CHANNELS[:1]),
     "int3 by channel": Recipe(steps=CHANNELS[1:2]),
-    "int4 by channel, int8 inputs": Recipe(steps=CHANNELS[2:]),
+    "int4 by channel, int8 inputs": Recipe(steps=CHANNELS[2:3]),
+    "int8 weights": Recipe(steps=(INT8_WEIGHTS,)),
+    "int8 weights by channel": Recipe(steps=CHANNELS[3:]),
     "dense": Recipe(),
 }
 
@@ -168,7 +171,9 @@ def test_config_when_model_has_one_format_targets_the_class(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-@pytest.mark.parametrize(("scheme", "bits"), [("w4a16", 4), ("w4a8", 4), ("w3a16", 3)])
+@pytest.mark.parametrize(
+    ("scheme", "bits"), [("w8a16", 8), ("w4a16", 4), ("w4a8", 4), ("w3a16", 3)]
+)
 def test_config_when_scales_are_by_channel_says_so_and_has_one_a_row(
     method: str, scheme: str, bits: int, tmp_path: Path
 ) -> None:
@@ -209,7 +214,12 @@ def test_config_when_targets_are_patterns_is_understood(targets: list[str], tmp_
 
 
 @pytest.mark.parametrize(
-    ("recipe", "preset", "scheme"), [("int8", "W8A8", "w8a8"), ("fp8", "FP8_DYNAMIC", "fp8")]
+    ("recipe", "preset", "scheme"),
+    [
+        ("int8", "W8A8", "w8a8"),
+        ("fp8", "FP8_DYNAMIC", "fp8"),
+        ("int8 weights by channel", "W8A16", "w8a16"),
+    ],
 )
 def test_config_when_a_preset_names_the_scheme_is_understood(
     recipe: str, preset: str, scheme: str, tmp_path: Path
@@ -227,6 +237,7 @@ def test_config_when_a_preset_names_the_scheme_is_understood(
         (["quantization_status"], "frozen", "quantization_status `frozen`"),
         (["config_groups"], {"FP8": ["Linear"]}, "scheme `FP8` is not supported"),
         (["config_groups", "group_0", "weights", "num_bits"], 3, "3-bit int weights by channel"),
+        (["config_groups", "group_0", "weights", "num_bits"], 5, "5-bit int weights by channel"),
         (
             ["config_groups", "group_0", "weights", "type"],
             "float",
@@ -234,7 +245,7 @@ def test_config_when_a_preset_names_the_scheme_is_understood(
         ),
         (["config_groups", "group_0", "weights", "symmetric"], False, "symmetric=False"),
         (["config_groups", "group_0", "weights", "actorder"], "group", "actorder='group'"),
-        (["config_groups", "group_0", "input_activations"], None, "no quantized activations"),
+        (["config_groups", "group_0", "input_activations"], None, "which a layer of format w8a16"),
         (["config_groups", "group_0", "output_activations"], {"num_bits": 8}, "quantized outputs"),
         (["config_groups", "group_0", "format"], "marlin-24", "format `marlin-24`"),
         (["ignore"], [], "`lm_head`"),

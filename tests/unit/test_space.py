@@ -106,7 +106,7 @@ def test_build_space_when_widths_are_small_takes_a_smaller_group() -> None:
 
 def test_build_space_when_no_group_divides_the_widths_is_refused() -> None:
     decoder = DecoderConfig(hidden_size=40, intermediate_size=80, num_heads=2, num_kv_heads=1)
-    with pytest.raises(ConfigError, match="Leave w4a16, w4a8, w3a16 out"):
+    with pytest.raises(ConfigError, match="Leave w8a16, w4a16, w4a8, w3a16 out"):
         build_space(config(schemes=("w4a16",)), decoder)
 
 

@@ -30,12 +30,13 @@ class RoundingOptions(StrictModel):
     """Into which format, and how scales are chosen."""
 
     scheme: Scheme = Field(
-        "w8a8", description="bf16 (leave dense), w8a8, fp8, w4a16, w4a8 or w3a16."
+        "w8a8", description="bf16 (leave dense), w8a8, fp8, w8a16, w4a16, w4a8 or w3a16."
     )
     group_size: int | None = Field(
         DEFAULT_GROUP_SIZE,
         ge=16,
-        description="int4, int3: inputs that share a scale, a power of 2; null: all of an output.",
+        description="w8a16, int4, int3: inputs that share a scale, a power of 2; null: all of an "
+        "output.",
     )
     observer: Observer = Field("mse", description="How a scale is chosen.")
 

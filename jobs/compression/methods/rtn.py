@@ -1,8 +1,8 @@
 """Round to nearest: the weight decides alone, no data is seen.
 
 Takes one dense weight; gives values of few bits at a scale per output channel (w8a8, fp8) or per
-group of inputs (w4a16, w4a8, w3a16). The scale is the largest weight's (`minmax`), or that clipped
-by the ratio, out of a grid, that leaves the least sum of cubed errors in it (`mse`).
+group of inputs (w8a16, w4a16, w4a8, w3a16). The scale is the largest weight's (`minmax`), or that
+clipped by the ratio, out of a grid, that leaves the least sum of cubed errors in it (`mse`).
 """
 
 import torch

@@ -11,7 +11,7 @@
 
 namespace rs {
 
-enum class Scheme : int64_t { kBf16 = 0, kW8A8 = 1, kW4A16 = 2, kW4A8 = 3 };
+enum class Scheme : int64_t { kBf16 = 0, kW8A8 = 1, kW4A16 = 2, kW4A8 = 3, kW8A16 = 4 };
 
 // The structures below are mirrored in jobs/kernels/decoder_pass.py.
 struct Linear {
@@ -158,6 +158,9 @@ class RowRunner {
                                       y, rows, l.inputs, l.outputs, y_stride, mode, threads_);
             case Scheme::kW4A16:
                 return rs_linear_w4a16(x, l.packed, l.bias, y, rows, l.inputs, l.outputs, l.group,
+                                       x_stride, y_stride, mode, threads_);
+            case Scheme::kW8A16:
+                return rs_linear_w8a16(x, l.packed, l.bias, y, rows, l.inputs, l.outputs, l.group,
                                        x_stride, y_stride, mode, threads_);
             case Scheme::kW4A8:
                 return rs_linear_w4a8(s.values, s.row_scales, s.sums, l.packed, l.bias, y, rows,

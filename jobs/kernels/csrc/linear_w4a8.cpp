@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "amx.h"
-#include "linear_int4.h"
+#include "linear_groups.h"
 
 namespace rs {
 namespace {
@@ -39,7 +39,7 @@ struct W4A8 {
             RS_UNROLL for (int r = 0; r < R; ++r) {
                 sums[r][0] = sums[r][1] = all(offsets[(row + r) * groups + g]);
             }
-            const uint8_t* end = at + w.group / kStepInputs * kStep;
+            const uint8_t* end = at + w.group / Int4Weights::kStepInputs * kStep;
             while (at < end) multiply<R>(at, inputs, fetch, sums);
             const Floats scale[kVectors] = {widen_low(scales), widen_high(scales)};
             RS_UNROLL for (int r = 0; r < R; ++r) {
@@ -75,7 +75,7 @@ struct W4A8 {
             sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], high[1], second);
         }
         at += kStep;
-        inputs.advance(kStepInputs);
+        inputs.advance(Int4Weights::kStepInputs);
     }
 #else
     // Add the steps of 32 inputs: so many products of 15 by 127 can be summed up in 16 bits.
@@ -85,8 +85,8 @@ struct W4A8 {
         const Ints nibble = _mm256_set1_epi8(15);
         Ints halves[R][kVectors];
         RS_UNROLL for (int r = 0; r < R; ++r) halves[r][0] = halves[r][1] = all(int32_t{0});
-        const uint8_t* end = at + kSumBlock / kStepInputs * kStep;
-        for (; at < end; at += kStep, inputs.advance(kStepInputs)) {
+        const uint8_t* end = at + kSumBlock / Int4Weights::kStepInputs * kStep;
+        for (; at < end; at += kStep, inputs.advance(Int4Weights::kStepInputs)) {
             fetch.step();
             RS_UNROLL for (int part = 0; part < 2; ++part) {
                 Ints weights[kVectors];
@@ -120,7 +120,7 @@ struct W4A8 {
         alignas(64) uint8_t unpacked[kBuffers][kTileStep];
         PassSums sums;
         const int64_t groups = w.groups(), inputs = step_inputs();
-        const int64_t step_bytes = inputs / kStepInputs * kStep;
+        const int64_t step_bytes = inputs / Int4Weights::kStepInputs * kStep;
         const int8_t* values = x.row(row);
         const uint8_t* at = weights(block);
         int buffer = 0;

@@ -25,6 +25,10 @@ RS_EXPORT void rs_linear_w4a16(const float* x, const uint8_t* packed, const floa
                                int64_t rows, int64_t inputs, int64_t outputs, int64_t group,
                                int64_t x_stride, int64_t y_stride, rs::Mode mode,
                                int32_t threads);
+RS_EXPORT void rs_linear_w8a16(const float* x, const uint8_t* packed, const float* bias, float* y,
+                               int64_t rows, int64_t inputs, int64_t outputs, int64_t group,
+                               int64_t x_stride, int64_t y_stride, rs::Mode mode,
+                               int32_t threads);
 RS_EXPORT void rs_linear_w4a8(const int8_t* values, const float* row_scales, const int32_t* sums,
                               const uint8_t* packed, const float* bias, float* y, int64_t rows,
                               int64_t inputs, int64_t outputs, int64_t group, int64_t y_stride,

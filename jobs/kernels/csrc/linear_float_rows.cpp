@@ -1,20 +1,36 @@
-// W4A16: int4 weights with a scale per group of inputs, rows in float32.
+// W4A16 and W8A16: int4 or int8 weights with a scale per group of inputs, rows in float32.
 //
 // The activations are taken as they are, in float32: rounding them to bfloat16 would allow
 // vdpbf16ps, but then answers would depend on it, and one row waits for memory in either case.
-#include "linear_int4.h"
+#include "linear_groups.h"
 
 namespace rs {
 namespace {
 
-struct W4A16 {
+// How a step's weights lie: of vector v those of the step's i-th, and which input that is.
+struct Int4Step : Int4Weights {
+    static int input(int i) { return i / 2 + i % 2 * 4; }
+    static Floats weights(const uint8_t* step, int i, int v) {
+        return int4_weights(load_bits(step + v * kVectorBytes), i);
+    }
+};
+
+struct Int8Step : Int8Weights {
+    static int input(int i) { return i; }
+    static Floats weights(const uint8_t* step, int i, int v) {
+        return load(reinterpret_cast<const int8_t*>(step) + (i * kVectors + v) * kLanes);
+    }
+};
+
+template <class Weights>
+struct FloatRows {
     // Two sums for each of two vectors a row.
     static constexpr int kMaxRows = kRegisters > 16 ? 6 : 2;
     static constexpr int kChains = 2;
 
     const float* x;
     int64_t x_stride;
-    Int4Weights w;
+    Weights w;
     Output out;
     int64_t block_bytes;
 
@@ -31,8 +47,8 @@ struct W4A16 {
         for (int64_t g = 0; g < w.groups(); ++g) {
             const Ints scales = load_bits(at);
             at += kVectorBytes;
-            // Inputs 0-3 and 4-7 of a step are summed apart: a single chain of sums per output
-            // would be slower than memory at one row.
+            // Every other input of a step is summed apart: a single chain of sums per output would
+            // be slower than memory at one row.
             Floats sums[R][kVectors][kChains];
             RS_UNROLL for (int r = 0; r < R; ++r) {
                 RS_UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -40,17 +56,16 @@ struct W4A16 {
                 }
             }
             const float* end = inputs + w.group;
-            for (; inputs < end; inputs += kStepInputs, at += kStep) {
+            for (; inputs < end; inputs += Weights::kStepInputs, at += kStep) {
                 fetch.step();
-                const Ints bytes[kVectors] = {load_bits(at), load_bits(at + kVectorBytes)};
-                RS_UNROLL for (int i = 0; i < kStepInputs; ++i) {
+                RS_UNROLL for (int i = 0; i < Weights::kStepInputs; ++i) {
                     const int chain = i % kChains;
                     Floats weight[kVectors];
                     RS_UNROLL for (int v = 0; v < kVectors; ++v) {
-                        weight[v] = int4_weights(bytes[v], i);
+                        weight[v] = Weights::weights(at, i, v);
                     }
                     RS_UNROLL for (int r = 0; r < R; ++r) {
-                        const Floats input = all(inputs[r * x_stride + i / kChains + 4 * chain]);
+                        const Floats input = all(inputs[r * x_stride + Weights::input(i)]);
                         RS_UNROLL for (int v = 0; v < kVectors; ++v) {
                             sums[r][v][chain] =
                                 multiply_add(weight[v], input, sums[r][v][chain]);
@@ -70,6 +85,16 @@ struct W4A16 {
     }
 };
 
+template <class Weights>
+void multiply(const float* x, const uint8_t* packed, const float* bias, float* y, int64_t rows,
+              int64_t inputs, int64_t outputs, int64_t group, int64_t x_stride, int64_t y_stride,
+              Mode mode, int32_t threads) {
+    const Weights w{{packed, inputs, group}};
+    const FloatRows<Weights> kernel{
+        x, x_stride, w, {y, y_stride, outputs, bias, mode}, w.block_bytes()};
+    run_linear(kernel, rows, outputs, threads);
+}
+
 }  // namespace
 }  // namespace rs
 
@@ -77,8 +102,14 @@ RS_EXPORT void rs_linear_w4a16(const float* x, const uint8_t* packed, const floa
                                int64_t rows, int64_t inputs, int64_t outputs, int64_t group,
                                int64_t x_stride, int64_t y_stride, rs::Mode mode,
                                int32_t threads) {
-    const rs::Int4Weights w{packed, inputs, group};
-    const rs::W4A16 kernel{
-        x, x_stride, w, {y, y_stride, outputs, bias, mode}, w.block_bytes()};
-    rs::run_linear(kernel, rows, outputs, threads);
+    rs::multiply<rs::Int4Step>(x, packed, bias, y, rows, inputs, outputs, group, x_stride,
+                               y_stride, mode, threads);
+}
+
+RS_EXPORT void rs_linear_w8a16(const float* x, const uint8_t* packed, const float* bias, float* y,
+                               int64_t rows, int64_t inputs, int64_t outputs, int64_t group,
+                               int64_t x_stride, int64_t y_stride, rs::Mode mode,
+                               int32_t threads) {
+    rs::multiply<rs::Int8Step>(x, packed, bias, y, rows, inputs, outputs, group, x_stride,
+                               y_stride, mode, threads);
 }

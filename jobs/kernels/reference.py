@@ -1,0 +1,61 @@
+"""The plain arithmetic of every quantized format as an operator: where nothing else runs.
+
+Takes a format; gives its operator, which holds a weight in as little memory as it has on disk.
+"""
+
+import torch
+from torch import Tensor
+
+from jobs.kernels.formats import (
+    QuantizedWeight,
+    Scheme,
+    pack_values,
+    reference_linear,
+    unpack_values,
+)
+from jobs.kernels.operator import (
+    Operator,
+    Packed,
+    Problem,
+    Weight,
+    add_bias,
+    never_refuses,
+    quantized,
+)
+
+NAME = "reference"
+_INT4: tuple[Scheme, ...] = ("w4a16", "w4a8")
+_BLOCK = 256
+
+
+def operator(scheme: Scheme) -> Operator:
+    """Return the operator of a format."""
+    if scheme in _INT4:
+        return Operator(NAME, scheme, never_refuses, _pack_int4, _run_int4)
+    return Operator(NAME, scheme, never_refuses, _pack_bytes, _run_bytes)
+
+
+def _pack_bytes(weight: Weight, problem: Problem) -> Packed:
+    return quantized(weight).values_OI, quantized(weight).scale_OG
+
+
+def _run_bytes(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
+    layout = problem.layout
+    weight = QuantizedWeight(layout.scheme, packed[0], packed[1], layout.group_size)
+    return add_bias(reference_linear(x_NI, weight), bias_O)
+
+
+def _pack_int4(weight: Weight, problem: Problem) -> Packed:
+    return pack_values(quantized(weight).values_OI), quantized(weight).scale_OG
+
+
+def _run_int4(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
+    """Unpack a block of outputs at a time."""
+    parts = []
+    for packed_OW, scale_OG in zip(packed[0].split(_BLOCK), packed[1].split(_BLOCK), strict=True):
+        values_OI = unpack_values(packed_OW, problem.in_features)
+        block = QuantizedWeight(
+            problem.layout.scheme, values_OI, scale_OG, problem.layout.group_size
+        )
+        parts.append(reference_linear(x_NI, block))
+    return add_bias(torch.cat(parts, dim=-1), bias_O)
