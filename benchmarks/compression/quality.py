@@ -109,7 +109,10 @@ def contenders(trials: Sequence[Trial]) -> Section:
     found: Section = {}
     for name in names:
         perplexity = estimate([t.known for t in trials], _perplexity(name))
-        found[name] = {"perplexity": perplexity.model_dump(mode="json")}
+        found[name] = {
+            "perplexity": perplexity.model_dump(mode="json"),
+            "measured": sorted({trial.date(name) for trial in trials}),
+        }
         if name != DENSE:
             found[name]["increase"] = _increase(
                 estimate([t.known for t in trials], increase(name, DENSE))

@@ -6,12 +6,13 @@ N sequences
 import hashlib
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from benchmarks._remembered import COMPRESSION, Remembered
 from cluster.storage import digest_file
@@ -27,24 +28,29 @@ def remembered(
     return Remembered(folder, inputs, (*COMPRESSION, *packages), modules)
 
 
-class RememberedLosses:
-    """Losses by what was done to the model."""
+@dataclass(frozen=True)
+class Measured:
+    """Losses [N] of a model, and the day they were measured, as ISO 8601 writes it."""
 
-    def __init__(
-        self, folder: Path, model: Path, sequences: NDArray[np.int64], calibration: Tensor
-    ) -> None:
-        self._remembered = remembered(folder, model, [sequences, calibration.numpy()])
+    losses: NDArray[np.float64]
+    date: str
 
-    def read(self, what: Any) -> NDArray[np.float64] | None:
-        """Return the losses [N] of what is described in full; None if they were not measured."""
-        data = self._remembered.read(what)
-        return None if data is None else np.load(io.BytesIO(data))
+    @classmethod
+    def now(cls, losses: NDArray[np.float64]) -> "Measured":
+        """Return losses that were measured just now."""
+        return cls(losses, datetime.now(UTC).date().isoformat())
 
-    def write(self, what: Any, losses: NDArray[np.float64]) -> None:
-        """Keep the losses [N]."""
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Measured":
+        """Return what `to_bytes` wrote."""
+        with np.load(io.BytesIO(data)) as found:
+            return cls(found["losses"], str(found["date"]))
+
+    def to_bytes(self) -> bytes:
+        """Return them as a file that is remembered."""
         buffer = io.BytesIO()
-        np.save(buffer, losses)
-        self._remembered.write(what, buffer.getvalue())
+        np.savez(buffer, losses=self.losses, date=np.array(self.date))
+        return buffer.getvalue()
 
 
 def _digest(values: NDArray[Any]) -> str:

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks._remembered import Remembered
 from benchmarks.compression.contenders import CONTENDERS, DENSE, Contender
-from benchmarks.compression.remembered import RememberedLosses
+from benchmarks.compression.remembered import Measured, remembered
 from benchmarks.compression.subject import SEQ_LEN, Subject
 from benchmarks.serving.models import BENCH
 from jobs.compression.packing import load_model, save_compressed
@@ -46,13 +47,13 @@ class Trial:
         sequences: NDArray[np.int64],
         text: CalibrationText,
         say: Say,
-        remembered: RememberedLosses | None = None,
+        known: Remembered | None = None,
     ) -> None:
         self.name, self.model, self.sequences = name, model, sequences
         self.shape: DecoderConfig = _hf.from_hf_config(_hf.read_config(model))
         self.text, self._say = text, say
-        self._losses: dict[str, NDArray[np.float64]] = {}
-        self._remembered = remembered
+        self._measured: dict[str, Measured] = {}
+        self._known = known
 
     @classmethod
     def open(
@@ -71,8 +72,9 @@ class Trial:
         )
         shape = _hf.from_hf_config(_hf.read_config(subject.model))
         text = read_text(calibration, open_text(calibration, subject.model, shape))
-        remembered = RememberedLosses(BENCH / "losses", subject.model, sequences, text.tokens_NT)
-        return cls(subject.config.name, subject.model, sequences, text, say, remembered)
+        texts = [sequences, text.tokens_NT.numpy()]
+        known = remembered(BENCH / "losses", subject.model, texts)
+        return cls(subject.config.name, subject.model, sequences, text, say, known)
 
     @property
     def num_held_out_tokens(self) -> int:
@@ -87,12 +89,16 @@ class Trial:
     @property
     def known(self) -> dict[str, NDArray[np.float64]]:
         """Losses computed so far."""
-        return dict(self._losses)
+        return {name: found.losses for name, found in self._measured.items()}
+
+    def date(self, name: str) -> str:
+        """Return the day on which losses that are known were measured."""
+        return self._measured[name].date
 
     def losses(self, name: str) -> NDArray[np.float64]:
         """Return a contender's losses [N], computed at the first call or remembered."""
-        if name in self._losses:
-            return self._losses[name]
+        if name in self._measured:
+            return self._measured[name].losses
         contender = CONTENDERS[name]
 
         def make() -> Decoder:
@@ -109,15 +115,21 @@ class Trial:
 
         With `what`, all that decides the model beside this one and the text, they are remembered.
         """
-        known = None
-        if what is not None and self._remembered is not None:
-            known = self._remembered.read(what)
-        self._losses[name] = self._measure(name, make) if known is None else known
-        if known is not None:
-            self._say(f"{self.name}: {name}: perplexity {np.exp(known.mean()):.3f}, remembered")
-        elif what is not None and self._remembered is not None:
-            self._remembered.write(what, self._losses[name])
-        return self._losses[name]
+        self._measured[name] = found = self._find(name, make, what)
+        return found.losses
+
+    def _find(self, name: str, make: Callable[[], Decoder], what: Any) -> Measured:
+        if what is None or self._known is None:
+            return Measured.now(self._measure(name, make))
+        data = self._known.read(what)
+        if data is None:
+            found = Measured.now(self._measure(name, make))
+            self._known.write(what, found.to_bytes())
+            return found
+        found = Measured.from_bytes(data)
+        perplexity = np.exp(found.losses.mean())
+        self._say(f"{self.name}: {name}: perplexity {perplexity:.3f}, measured {found.date}")
+        return found
 
     def _measure(self, name: str, make: Callable[[], Decoder]) -> NDArray[np.float64]:
         start_s = time.perf_counter()

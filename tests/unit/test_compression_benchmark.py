@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
+from benchmarks._remembered import Remembered
 from benchmarks.compression import quality, size, speed, structured
 from benchmarks.compression.contenders import CONTENDERS, DENSE, W8A8, recipe_of
 from benchmarks.compression.estimates import Losses, at_least, at_most, estimate, increase, recovery
 from benchmarks.compression.plots import draw
-from benchmarks.compression.remembered import RememberedLosses
+from benchmarks.compression.remembered import Measured, remembered
 from benchmarks.compression.resident import main as resident_main
 from benchmarks.compression.sections import Bench
 from benchmarks.compression.subject import STEPS
@@ -141,31 +141,33 @@ def test_contenders_when_drawn_have_bytes_and_intervals(
 
 
 def test_losses_when_measured_before_are_read_unless_the_text_is_another(tmp_path: Path) -> None:
-    sequences, calibration = np.arange(20).reshape(2, 10), torch.arange(8).view(2, 4)
+    sequences, calibration = np.arange(20).reshape(2, 10), np.arange(8).reshape(2, 4)
     (trial, *_) = open_trials(tmp_path / "models")
 
-    def remembered(sequences: NDArray[np.int64]) -> RememberedLosses:
-        return RememberedLosses(tmp_path / "losses", trial.model, sequences, calibration)
+    def known(sequences: NDArray[np.int64]) -> Remembered:
+        return remembered(tmp_path / "losses", trial.model, [sequences, calibration])
 
     plain, gptq = (CONTENDERS[name].document() for name in ("naive-w4", "gptq-w4"))
-    losses = np.array([1.5, 2.5])
-    remembered(sequences).write(plain, losses)
-    found = remembered(sequences).read(plain)
-    assert found is not None
-    assert np.array_equal(found, losses)
-    assert remembered(sequences).read(gptq) is None
-    assert remembered(sequences + 1).read(plain) is None
+    measured = Measured(np.array([1.5, 2.5]), "2026-11-30")
+    known(sequences).write(plain, measured.to_bytes())
+    data = known(sequences).read(plain)
+    assert data is not None
+    found = Measured.from_bytes(data)
+    assert np.array_equal(found.losses, measured.losses)
+    assert found.date == measured.date
+    assert known(sequences).read(gptq) is None
+    assert known(sequences + 1).read(plain) is None
 
 
 def test_trial_when_losses_are_remembered_measures_nothing(tmp_path: Path) -> None:
     (trial, *_) = open_trials(tmp_path / "models")
     measured = trial.losses(DENSE)
     said: list[str] = []
-    known = RememberedLosses(tmp_path, trial.model, trial.sequences, torch.zeros(1, 1))
+    known = remembered(tmp_path, trial.model, [trial.sequences])
     for _ in range(2):
         again = Trial("m", trial.model, trial.sequences, calibration(), said.append, known)
         assert np.array_equal(again.losses(DENSE), measured)
-    assert ["remembered" in line for line in said] == [False, True]
+    assert [", measured 20" in line for line in said] == [False, True]
 
 
 @pytest.mark.parametrize("name", ["awq-w4", "gptq-w3", "wanda-unstructured"])
