@@ -24,7 +24,7 @@ def remembered(
     """Return what is remembered of a model and texts; `packages` of `jobs` decide as well."""
     inputs = [digest_file(model / name) for name in ("model.safetensors", "config.json")]
     inputs += [_digest(text) for text in texts]
-    modules = ("compression/trial", "compression/contenders")
+    modules = ("compression/trial", "compression/contenders", "compression/remembered")
     return Remembered(folder, inputs, (*COMPRESSION, *packages), modules)
 
 

@@ -20,7 +20,7 @@ BASE = "dense"
 LIMITS = {"w8a8_batch1": 1.7, "w4_batch1": 2.5, "w8a8_batch32": 2.0}
 BATCHES: dict[int, tuple[str, ...]] = {
     1: (BASE, "w8a8", "w8a16-g128", "w4a16-g128", "w4a8-g128"),
-    32: (BASE, "w8a8", "w4a8-g128"),
+    32: (BASE, "w8a8", "w8a16-g128", "w4a8-g128"),
 }
 _KEYS = {"w8a8": "w8a8", "w8a16-g128": "w8a16", "w4a16-g128": "w4a16", "w4a8-g128": "w4a8"}
 _OF_FOUR_BITS = ("w4a16_batch1", "w4a8_batch1")

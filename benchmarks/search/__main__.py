@@ -109,6 +109,7 @@ def time_served(asked: Asked) -> dict[str, Any]:
             "served_ms": row["served_ms"],
             "predicted_ms": row["predicted_served_ms"],
             "base_served_ms": row["base_served_ms"],
+            "requests": row["served_requests"],
             "in_process_ms": row["latency_ms"],
             "predicted_in_process_ms": row["predicted_latency_ms"],
             "latency_ratio": row["latency_ratio"],

@@ -144,16 +144,15 @@ def _int8_cache_scheme(head_dim: int) -> dict[str, Any]:
 
 
 def _group(layout: Layout, targets: list[str]) -> dict[str, Any]:
-    is_8_bit, is_by_channel = layout.scheme in CHANNELED, layout.group_size is None
     has_8_bit_inputs = layout.scheme not in _FLOAT_INPUTS.values()
     number = "float" if layout.scheme == "fp8" else "int"
     return {
         "targets": targets,
         "weights": {
-            "num_bits": 8 if is_8_bit else PACKED_BITS[layout.scheme],
+            "num_bits": 8 if layout.scheme in CHANNELED else PACKED_BITS[layout.scheme],
             "type": number,
             "symmetric": True,
-            "strategy": "channel" if is_by_channel else "group",
+            "strategy": "channel" if layout.group_size is None else "group",
             "group_size": layout.group_size,
             "dynamic": False,
         },
@@ -191,10 +190,15 @@ def _layout(key: str, group: Any) -> Layout:
                 f"{KEY}: scheme `{key}` is not supported; there are: {', '.join(_PRESETS)}."
             )
         return _PRESETS[key]
-    weights: Mapping[str, Any] = group.get("weights") or {}
-    activations: Mapping[str, Any] | None = group.get("input_activations")
+    layout = _layout_of(key, group.get("weights") or {}, group.get("input_activations"))
+    _check_format(key, group, layout)
+    return layout
+
+
+def _layout_of(
+    key: str, weights: Mapping[str, Any], activations: Mapping[str, Any] | None
+) -> Layout:
     _check_weights(key, weights)
-    _check_format(key, group)
     strategy, num_bits = weights.get("strategy"), weights.get("num_bits")
     number = weights.get("type", "int")
     if num_bits == 8 and strategy == "channel" and _is_per_token(activations, number):
@@ -226,14 +230,14 @@ def _check_weights(key: str, weights: Mapping[str, Any]) -> None:
             )
 
 
-def _check_format(key: str, group: Mapping[str, Any]) -> None:
+def _check_format(key: str, group: Mapping[str, Any], layout: Layout) -> None:
     if group.get("output_activations"):
         raise ModelFormatError(f"{KEY}.{key}: quantized outputs are not supported.")
-    found = group.get("format")
-    if found is not None and found not in _FORMATS.values():
+    found, wanted = group.get("format"), _FORMATS[layout.scheme]
+    if found not in (None, wanted):
         raise ModelFormatError(
-            f"{KEY}.{key}: format `{found}` is not supported; there are: "
-            f"{', '.join(sorted(set(_FORMATS.values())))}."
+            f"{KEY}.{key}: format `{found}` is not supported for {layout.scheme} weights, only "
+            f"`{wanted}`. Save the model in that."
         )
 
 

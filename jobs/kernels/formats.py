@@ -25,7 +25,7 @@ CHANNELED: dict[Scheme, torch.dtype] = {"w8a8": torch.int8, "fp8": torch.float8_
 DEFAULT_GROUP_SIZE = 128
 _COMPUTED_GROUPS = (128, 64, 32)
 FP8_MAX = 448  # largest value of float8_e4m3fn
-_REFERENCE_BLOCK = 256
+REFERENCE_BLOCK = 256
 _WORD_BITS = 32
 _WORD_MASK = 2**32 - 1
 
@@ -241,7 +241,7 @@ def unpack_values(packed_OW: Tensor, in_features: int, num_bits: int = 4) -> Ten
 
 def _by_blocks(x_NI: Tensor, values_OI: Tensor) -> Tensor:
     return torch.cat(
-        [functional.linear(x_NI, block.float()) for block in values_OI.split(_REFERENCE_BLOCK)],
+        [functional.linear(x_NI, block.float()) for block in values_OI.split(REFERENCE_BLOCK)],
         dim=-1,
     )
 
@@ -250,14 +250,14 @@ def _dequantized_linear(x_NI: Tensor, weight: QuantizedWeight) -> Tensor:
     return torch.cat(
         [
             functional.linear(x_NI, _rows(weight, start).dequantize(x_NI.dtype))
-            for start in range(0, weight.out_features, _REFERENCE_BLOCK)
+            for start in range(0, weight.out_features, REFERENCE_BLOCK)
         ],
         dim=-1,
     )
 
 
 def _rows(weight: QuantizedWeight, start: int) -> QuantizedWeight:
-    chosen = slice(start, start + _REFERENCE_BLOCK)
+    chosen = slice(start, start + REFERENCE_BLOCK)
     return QuantizedWeight(
         weight.scheme, weight.values_OI[chosen], weight.scale_OG[chosen], weight.group_size
     )

@@ -1,12 +1,15 @@
-"""The plain arithmetic of every quantized format as an operator: where nothing else runs.
+"""The plain arithmetic of quantized formats as operators: where nothing else runs.
 
-Takes a format; gives its operator, which holds a weight in as little memory as it has on disk.
+Takes a format that is computed (int3 is as int4); gives its operator, which holds values in as few
+bits as they have on disk.
 """
 
 import torch
 from torch import Tensor
 
 from jobs.kernels.formats import (
+    PACKED_BITS,
+    REFERENCE_BLOCK,
     QuantizedWeight,
     Scheme,
     pack_values,
@@ -24,13 +27,12 @@ from jobs.kernels.operator import (
 )
 
 NAME = "reference"
-_INT4: tuple[Scheme, ...] = ("w4a16", "w4a8")
-_BLOCK = 256
+_INT4_BITS = 4
 
 
 def operator(scheme: Scheme) -> Operator:
     """Return the operator of a format."""
-    if scheme in _INT4:
+    if PACKED_BITS.get(scheme) == _INT4_BITS:
         return Operator(NAME, scheme, never_refuses, _pack_int4, _run_int4)
     return Operator(NAME, scheme, never_refuses, _pack_bytes, _run_bytes)
 
@@ -52,7 +54,8 @@ def _pack_int4(weight: Weight, problem: Problem) -> Packed:
 def _run_int4(x_NI: Tensor, packed: Packed, bias_O: Tensor | None, problem: Problem) -> Tensor:
     """Unpack a block of outputs at a time."""
     parts = []
-    for packed_OW, scale_OG in zip(packed[0].split(_BLOCK), packed[1].split(_BLOCK), strict=True):
+    blocks = (tensor.split(REFERENCE_BLOCK) for tensor in packed)
+    for packed_OW, scale_OG in zip(*blocks, strict=True):
         values_OI = unpack_values(packed_OW, problem.in_features)
         block = QuantizedWeight(
             problem.layout.scheme, values_OI, scale_OG, problem.layout.group_size

@@ -27,7 +27,7 @@ from jobs.search.tasks import Task
 from jobs.search.trial import Format, TrialSpec
 
 # Asked of Ray Serve: some warm up, and an answer that ends early does not count.
-NUM_PROMPTS = 24
+LEAST_PROMPTS = 24
 _NOT_IN_FINGERPRINT: dict[str, Any] = {
     "output_dir": True,
     "max_concurrent_trials": True,
@@ -233,10 +233,10 @@ def _check_data(config: SearchConfig, data: Path, decoder: DecoderConfig) -> Non
 
 def _check_prompts(config: SearchConfig, data: Path) -> None:
     prompts = open_split(data, "validation").num_sequences(config.workload.prompt_tokens)
-    if config.served_finalists and prompts < NUM_PROMPTS:
+    if config.served_finalists and prompts < LEAST_PROMPTS:
         raise ConfigError(
-            f"`served_finalists` asks Ray Serve {NUM_PROMPTS} different prompts, and the "
-            f"validation split of {data} has {prompts} of workload.prompt_tokens="
+            f"`served_finalists` asks Ray Serve at least {LEAST_PROMPTS} different prompts, and "
+            f"the validation split of {data} has {prompts} of workload.prompt_tokens="
             f"{config.workload.prompt_tokens}. Lower that, or set `served_finalists` to 0."
         )
 

@@ -22,7 +22,7 @@ from cluster.storage import (
 from jobs.config import Recipe
 from jobs.evaluation.gate import Verdict
 from jobs.search.course import Finish
-from jobs.search.forecast import emptying, excesses, explain, limits_of
+from jobs.search.forecast import Forecast, emptying, excesses, explain, limits_of
 from jobs.search.plan import Search
 from jobs.search.rungs import measure
 from jobs.search.serving_share import Served, expected_ms
@@ -53,6 +53,8 @@ class TrialRow(StrictModel):
     predicted_served_ms: float | None = None
     base_served_ms: float | None = None
     """The unchanged model's, asked in turn with it."""
+    served_requests: int | None = None
+    """How many requests to each the two are medians of."""
     memory_bytes: int | None = None
     seconds: float = 0.0
     on_front: bool = False
@@ -155,7 +157,7 @@ def _row(search: Search, end: Finish, candidate: int, results: Results) -> Trial
         latency_ratio=_ratio(request),
         seconds=request.seconds + sum(results[each].seconds for each in ran),
         error=found.error,
-        **_served(end, assignment, results),
+        **served_fields(end.forecast, assignment, results),
     )
     if found.error is not None:
         return row
@@ -183,11 +185,16 @@ def _ratio(found: Result) -> float | None:
     return found.request_ms / found.base_request_ms
 
 
-def _served(end: Finish, assignment: Assignment, results: Results) -> dict[str, float | None]:
-    """Return a model's time through Ray Serve, and what was to be expected by all others' times."""
+def served_fields(
+    forecast: Forecast, assignment: Assignment, results: Results
+) -> dict[str, float | int | None]:
+    """Return a model's time through Ray Serve, and what was to be expected by all others' times.
+
+    Nothing for a model that was not served.
+    """
     found = {
         task.assignment: Served(
-            end.forecast.latency_ms(task.assignment), result.request_ms, result.base_request_ms
+            forecast.latency_ms(task.assignment), result.request_ms, result.base_request_ms
         )
         for task, result in results.items()
         if task.stage == "serve" and result.request_ms and result.base_request_ms
@@ -198,9 +205,10 @@ def _served(end: Finish, assignment: Assignment, results: Results) -> dict[str, 
     return {
         "served_ms": mine.served_ms,
         "predicted_served_ms": expected_ms(
-            mine.table_ms, end.forecast.base_ms, mine.base_served_ms, [*found.values()]
+            mine.table_ms, forecast.base_ms, mine.base_served_ms, [*found.values()]
         ),
         "base_served_ms": mine.base_served_ms,
+        "served_requests": results[Task(stage="serve", assignment=assignment)].num_requests,
     }
 
 

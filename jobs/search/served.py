@@ -30,7 +30,7 @@ from jobs.config import DeployConfig, Workload
 from jobs.data.tokens import open_split
 from jobs.deploy import Api, apply, wait_until_running
 from jobs.evaluation.parity import Endpoint
-from jobs.search.plan import NUM_PROMPTS, Search
+from jobs.search.plan import LEAST_PROMPTS, Search
 from jobs.search.tasks import Result, Task
 from jobs.takeover import endpoint
 
@@ -38,7 +38,7 @@ _WARM_UPS = 3
 _REQUESTS = 41  # 15 leave medians that are off by a tenth.
 _LEAST_REQUESTS = 5
 _LONG_S = 60.0  # After which the least will do.
-_SPARE = 3
+_MOST_PROMPTS = 3 * LEAST_PROMPTS  # Some answers may end early.
 _REQUEST_TIMEOUT_S = 120.0
 
 
@@ -74,6 +74,7 @@ def time_served(search: Search, task: Task) -> Result:
     return Result(
         request_ms=request_ms,
         base_request_ms=base_request_ms,
+        num_requests=len(times_ms),
         seconds=time.perf_counter() - began,
     )
 
@@ -137,7 +138,7 @@ def _offered(search: Search, directory: Path, api: Api) -> Iterator[list[Endpoin
     try:
         apply(api, with_routes(asked, gateway, routes))
         wait_until_running(api, names, deployment.ready_timeout_s)
-        lifetime_s = len(routes) * _SPARE * NUM_PROMPTS * _REQUEST_TIMEOUT_S
+        lifetime_s = len(routes) * _MOST_PROMPTS * _REQUEST_TIMEOUT_S
         with endpoint(_served_name(search), asked[gateway]["args"], lifetime_s) as served:
             yield [replace(served, model=f"{route['name']}@{route['version']}") for route in routes]
     finally:
@@ -154,7 +155,7 @@ def _request_times_ms(search: Search, served: Sequence[Endpoint]) -> Iterator[li
     workload = search.config.workload
     split = open_split(search.data, "validation", verify=False)
     prompts = split.sample(
-        min(_SPARE * NUM_PROMPTS, split.num_sequences(workload.prompt_tokens)),
+        min(_MOST_PROMPTS, split.num_sequences(workload.prompt_tokens)),
         workload.prompt_tokens,
         search.config.seed,
     )[:, :-1]
@@ -172,8 +173,7 @@ def _request_times_ms(search: Search, served: Sequence[Endpoint]) -> Iterator[li
                 whole += 1
                 if whole > _WARM_UPS:
                     yield [times_ms[place] for place in sorted(times_ms)]
-                is_long = time.monotonic() - began > _LONG_S
-                if whole >= _WARM_UPS + (_LEAST_REQUESTS if is_long else _REQUESTS):
+                if is_enough(whole - _WARM_UPS, time.monotonic() - began):
                     return
     if whole < _WARM_UPS + _LEAST_REQUESTS:
         models = " or ".join(each.model for each in served)
@@ -181,6 +181,11 @@ def _request_times_ms(search: Search, served: Sequence[Endpoint]) -> Iterator[li
             f"{models} ended its answer to {len(prompts) - whole} of {len(prompts)} prompts before "
             f"workload.output_tokens={workload.output_tokens}. Lower it."
         )
+
+
+def is_enough(num_timed: int, elapsed_s: float) -> bool:
+    """Return whether so many requests to each model, in so long a time, will do for a median."""
+    return num_timed >= (_LEAST_REQUESTS if elapsed_s > _LONG_S else _REQUESTS)
 
 
 def _ask(

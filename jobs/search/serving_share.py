@@ -1,16 +1,19 @@
-"""What a request will take through Ray Serve, by the kernels' table and other models served so far.
+"""What a request will take through Ray Serve, by the kernels' table and all other models served.
 
 Takes times that the table predicts and times that were served beside the unchanged model's; gives
 the time to expect of one more. Pure.
 
 A served request takes k * (t + c): t is what the table says of its model, c what Serve, the gateway
 and the engine add whatever the model is, and k how much slower the machine is than when the table
-was made. The unchanged model, asked in turn with every other, gives k; models of other speed give
-c, by least squares: served / base * (t_base + c) = t + c.
+was made. The unchanged model, asked in turn with every other, gives k (t_base + c); models of
+other speed tell c from k by least squares, served / base * (t_base + c) = t + c, with the c of k = 1
+for a prior. A c below 0 counts as 0.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+_PRIOR = 0.05  # Its weight: that of one model whose request takes 0.78 of the unchanged one's.
 
 
 @dataclass(frozen=True)
@@ -29,23 +32,10 @@ def expected_ms(
 
     Without others, all that the unchanged model takes beyond the table is taken for Serve's.
     """
-    added_ms = _added_ms(base_table_ms, others)
-    if added_ms is None:
-        return table_ms + base_served_ms - base_table_ms
+    found, weight = _PRIOR * (base_served_ms - base_table_ms), _PRIOR
+    for other in others:
+        ratio = other.served_ms / other.base_served_ms
+        found += (1.0 - ratio) * (ratio * base_table_ms - other.table_ms)
+        weight += (1.0 - ratio) ** 2
+    added_ms = max(0.0, found / weight)
     return base_served_ms * (table_ms + added_ms) / (base_table_ms + added_ms)
-
-
-def _added_ms(base_table_ms: float, others: Sequence[Served]) -> float | None:
-    """Return c of the others; None if they say nothing of it, being as slow as the unchanged."""
-    ratios = [each.served_ms / each.base_served_ms for each in others]
-    weight = sum((1.0 - ratio) ** 2 for ratio in ratios)
-    if weight < _LEAST_WEIGHT:
-        return None
-    found = sum(
-        (1.0 - ratio) * (ratio * base_table_ms - each.table_ms)
-        for ratio, each in zip(ratios, others, strict=True)
-    )
-    return max(0.0, found / weight)
-
-
-_LEAST_WEIGHT = 0.01  # One model that is served a tenth faster than the unchanged one.

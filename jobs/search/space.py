@@ -186,8 +186,8 @@ class Space:
 def build_space(config: SearchConfig, decoder: DecoderConfig) -> Space:
     """Return the space of a search over models of this shape.
 
-    Raises ConfigError where no group size of int4 or int3 divides the model's widths, and where
-    nothing but the unchanged model could be chosen.
+    Raises ConfigError where a format has groups and no size of one divides the model's widths, and
+    where nothing but the unchanged model could be chosen.
     """
     choices = tuple(sorted({Choice(s, p) for s, p in product(config.schemes, config.sparsities)}))
     if all(choice.is_nothing for choice in choices):

@@ -43,6 +43,8 @@ class Result(StrictModel):
     request_ms: float | None = None
     """A whole request of the workload, with the unchanged model's measured beside it."""
     base_request_ms: float | None = None
+    num_requests: int | None = None
+    """How many requests to each these are medians of, at the stage `serve`."""
     memory_bytes: int | None = None
     divergences: tuple[float, ...] = ()
     """Of each choice: mean divergence from the unchanged model's predictions, in nats."""

@@ -183,7 +183,11 @@ def test_params_when_resumed_with_what_needs_the_past_are_refused(options):
 
 @pytest.mark.parametrize(
     ("scheme", "words"),
-    [("w4a16", "bfloat16"), ("w3a16", r"no kernel for w3a16 .*`model\.layers\.0.*w4a16")],
+    [
+        ("w4a16", "bfloat16"),
+        ("w3a16", r"no kernel for w3a16 .*`model\.layers\.0.*w4a16"),
+        ("w8a16", r"no kernel for w8a16 .*`model\.layers\.0.*engine `native`, .*w4a16"),
+    ],
 )
 def test_create_when_vllm_has_no_kernel_is_refused(tmp_path, scheme, words):
     shape = DecoderConfig(vocab_size=300, hidden_size=128, intermediate_size=256, num_layers=1)

@@ -245,7 +245,7 @@ def test_config_when_a_preset_names_the_scheme_is_understood(
         ),
         (["config_groups", "group_0", "weights", "symmetric"], False, "symmetric=False"),
         (["config_groups", "group_0", "weights", "actorder"], "group", "actorder='group'"),
-        (["config_groups", "group_0", "input_activations"], None, "which a layer of format w8a16"),
+        (["config_groups", "group_0", "input_activations"], None, "`int-quantized`.*w8a16.*`pack-"),
         (["config_groups", "group_0", "output_activations"], {"num_bits": 8}, "quantized outputs"),
         (["config_groups", "group_0", "format"], "marlin-24", "format `marlin-24`"),
         (["ignore"], [], "`lm_head`"),

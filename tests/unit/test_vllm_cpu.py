@@ -11,7 +11,6 @@ OLD, CLIENT, SERVER = {"avx2"}, {"avx2", "avx_vnni"}, {"avx2", "avx512f", "avx51
         ({"bf16", "w8a8"}, OLD, "overflow on a CPU without VNNI"),
         ({"w8a8"}, {"avx2", "avx512f"}, "overflow on a CPU without VNNI"),
         ({"w4a16"}, CLIENT, "4-bit weights"),
-        ({"bf16", "w8a16"}, SERVER, "8-bit weights"),
     ],
 )
 def test_why_not_when_the_cpu_lacks_what_a_format_needs_says_what(schemes, flags, words):

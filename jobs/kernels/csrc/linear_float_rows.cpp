@@ -47,8 +47,8 @@ struct FloatRows {
         for (int64_t g = 0; g < w.groups(); ++g) {
             const Ints scales = load_bits(at);
             at += kVectorBytes;
-            // Every other input of a step is summed apart: a single chain of sums per output would
-            // be slower than memory at one row.
+            // Every other weight of a step, as they are read, is summed apart (of int4 inputs 0-3 and
+            // 4-7): a single chain of sums per output would be slower than memory at one row.
             Floats sums[R][kVectors][kChains];
             RS_UNROLL for (int r = 0; r < R; ++r) {
                 RS_UNROLL for (int v = 0; v < kVectors; ++v) {

