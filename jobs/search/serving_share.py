@@ -6,8 +6,8 @@ the time to expect of one more. Pure.
 A served request takes k * (t + c): t is what the table says of its model, c what Serve, the gateway
 and the engine add whatever the model is, and k how much slower the machine is than when the table
 was made. The unchanged model, asked in turn with every other, gives k (t_base + c); models of
-other speed tell c from k by least squares, served / base * (t_base + c) = t + c, with the c of k = 1
-for a prior. A c below 0 counts as 0.
+other speed tell c from k by least squares, served / base * (t_base + c) = t + c, with the c that
+k = 1 gives for a prior. A c below 0 counts as 0.
 """
 
 from collections.abc import Sequence
