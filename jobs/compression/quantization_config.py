@@ -25,7 +25,7 @@ _FORMATS: dict[Scheme, str] = {
 _PRESETS = {
     "W8A8": Layout("w8a8"),
     "FP8_DYNAMIC": Layout("fp8"),
-    "W8A16": Layout("w8a16"),
+    "W8A16": Layout("w8a16", 128),
     "W4A16": Layout("w4a16", 128),
     "W4A8": Layout("w4a8", 128),
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.quantization import preset_name_to_scheme
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import decoder_config
@@ -13,10 +14,11 @@ from transformers import AutoModelForCausalLM
 from cluster.errors import IntegrityError, ModelFormatError
 from cluster.storage import staged_directory
 from jobs.compression.packing import load_model, save_compressed
+from jobs.compression.quantization_config import read_layouts
 from jobs.compression.recipe import Compressed, apply_recipe, predicted_bytes
 from jobs.compression.text import CalibrationText
 from jobs.config import DecoderConfig, Recipe, Step
-from jobs.kernels.formats import Layout
+from jobs.kernels.formats import PACKED_BITS, Layout
 from jobs.models.decoder import build, save
 
 SHAPES = ("llama", "qwen2", "qwen3", "mistral")
@@ -214,12 +216,7 @@ def test_config_when_targets_are_patterns_is_understood(targets: list[str], tmp_
 
 
 @pytest.mark.parametrize(
-    ("recipe", "preset", "scheme"),
-    [
-        ("int8", "W8A8", "w8a8"),
-        ("fp8", "FP8_DYNAMIC", "fp8"),
-        ("int8 weights by channel", "W8A16", "w8a16"),
-    ],
+    ("recipe", "preset", "scheme"), [("int8", "W8A8", "w8a8"), ("fp8", "FP8_DYNAMIC", "fp8")]
 )
 def test_config_when_a_preset_names_the_scheme_is_understood(
     recipe: str, preset: str, scheme: str, tmp_path: Path
@@ -227,6 +224,16 @@ def test_config_when_a_preset_names_the_scheme_is_understood(
     write(tmp_path, RECIPES[recipe])
     edit_config(tmp_path, ["quantization_config", "config_groups"], {preset: ["Linear"]})
     assert load_model(tmp_path, verify=False).schemes["model.layers.0.mlp.up_proj"] == scheme
+
+
+@pytest.mark.parametrize("preset", ["W8A8", "FP8_DYNAMIC", "W8A16", "W4A16", "W4A8"])
+def test_preset_when_read_is_the_librarys(preset: str) -> None:
+    weights = preset_name_to_scheme(preset, ["Linear"]).weights
+    assert weights is not None
+    document = {"quant_method": "compressed-tensors", "config_groups": {preset: ["Linear"]}}
+    layout = read_layouts(document, {"layer": (8, 256)})["layer"]
+    assert layout.group_size == weights.group_size
+    assert PACKED_BITS.get(layout.scheme, 8) == weights.num_bits
 
 
 @pytest.mark.parametrize(
