@@ -126,9 +126,7 @@ def value_range(scheme: Scheme) -> tuple[int, int]:
     assert scheme != "bf16", "a dense weight has no range of values"
     if scheme == "fp8":
         return (-FP8_MAX, FP8_MAX)
-    if scheme == "w8a8":
-        return (-128, 127)
-    half = 1 << (PACKED_BITS[scheme] - 1)
+    half = 1 << (PACKED_BITS.get(scheme, 8) - 1)
     return (-half, half - 1)
 
 
